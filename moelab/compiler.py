@@ -1,0 +1,347 @@
+"""Ask Triton's compiler what a launch needs, for any target, without its GPU.
+
+The one module that knows Triton's compiler. `lds` runs the backend's own pipeline and
+leaves it as soon as its own allocation pass has been scheduled: what is read is what
+the full compile would have reported, several times sooner. Where a Triton's internals
+have not been checked, it compiles in full and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from . import kernels, targets
+from .specs import Configuration, Source, Target
+
+# The last pass that allocates on-chip memory, in each backend's `make_llir`.
+_LAST_ALLOCATION = {
+    "hip": ("amd", "ttgpuir", "add_allocate_shared_memory"),
+    "cuda": ("nvidia", "ttnvgpuir", "add_allocate_tensor_memory"),
+}
+
+# SHA-256 (12 digits) of the code of each `make_llir` after whose allocation pass nothing
+# changes what was allocated: `make versions` compares it with the full compile.
+CHECKED_LOWERINGS = {
+    "3f41fa87d25f": "triton 3.6.0, hip",
+    "fbc9b399feb0": "triton 3.6.0, cuda",
+    "2781cb35e4d5": "triton 3.7.1, hip",
+    "202354a544a1": "triton 3.7.1, cuda",
+    "9c777ed0227a": "triton 3.8.0, hip",
+    "39181366a5b0": "triton 3.8.0, cuda",
+    "8b66f0e6f66d": "triton 3.9.0, hip",
+    "e805daa4fa2e": "triton 3.9.0, cuda",
+}
+
+# Tensor memory of an SM on sm_100, in columns (PTX ISA, tcgen05.alloc).
+TMEM_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a kernel takes of the memory that bounds whether it launches.
+
+    Args:
+        lds_bytes: LDS / shared memory of one workgroup.
+        tmem_columns: tensor memory; 0 where the target has none.
+        method: ``allocation`` where the pipeline was left after allocating,
+            ``full`` where it ran to the end.
+    """
+
+    lds_bytes: int
+    tmem_columns: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the finished machine code takes. Per thread unless named otherwise.
+
+    Args:
+        registers: vector registers; VGPRs and AGPRs together on CDNA.
+        scalar_registers: SGPRs of a wave; None on NVIDIA.
+        spilled_registers: vector registers kept in memory; on NVIDIA the stack frame
+            in words, as Triton itself counts.
+        scratch_bytes: private memory, spills and stack.
+        code_bytes: machine code of the kernel.
+    """
+
+    registers: int
+    scalar_registers: int | None
+    spilled_registers: int
+    scratch_bytes: int
+    code_bytes: int
+
+
+class CompileError(Exception):
+    """The compiler rejected the kernel; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as Triton would specialize it.
+
+    Args:
+        key: equal for launches that compile to the same code.
+    """
+
+    ast: Any
+    options: dict[str, Any]
+    backend: Any
+    target: Target
+    async_copy: bool | None
+    key: str
+
+
+def triton_version() -> str:
+    """Name the installed Triton."""
+    import triton
+
+    return triton.__version__
+
+
+def gpu_target(target: Target) -> Any:
+    """Name a target as Triton does."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(target.backend, target.arch, target.warp_size)
+
+
+def default_async_copy(target: Target) -> bool | None:
+    """Tell what the installed Triton does where nobody chose; None without the switch.
+
+    Triton 3.8 turned it on for gfx950 and gfx1250 (triton-lang/triton#9087).
+    """
+    if not target.async_copy_switch:
+        return None
+    from triton import knobs
+    from triton.backends.amd import compiler as amd
+
+    decide = getattr(amd, "is_async_copy_enabled", lambda arch: knobs.amd.use_async_copy)
+    return bool(decide(target.arch))
+
+
+def specialize(configuration: Configuration) -> Launch:
+    """Bind a configuration as a launch on its target would.
+
+    Triton's own binder decides what is constant, what is divisible by 16 and what
+    spans at most 2 GiB.
+
+    Raises:
+        ValueError: unknown kernel or target; the message lists those there are.
+    """
+    target = targets.get(configuration.target)
+    source = kernels.load(configuration.kernel).source(
+        configuration.problem, configuration.tile, target
+    )
+    options = {
+        **source.options,
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+    }
+    return specialize_source(source, options, target, configuration.async_copy)
+
+
+def specialize_source(
+    source: Source, options: dict[str, Any], target: Target, async_copy: bool | None
+) -> Launch:
+    """Bind any kernel's launch; see `specialize`."""
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    fn = source.fn
+    backend = make_backend(gpu_target(target))
+    bind = create_function_from_signature(fn.signature, fn.params, backend)
+    # JITFunction.run adds the debug knob to every launch.
+    given = {**source.args, **options, "debug": False}
+    bound, specialization, excess = bind(**given)
+    parsed, signature, constants, attributes = fn._pack_args(
+        backend, given, bound, specialization, excess
+    )
+    ast = ASTSource(fn, signature, constants, attributes)
+    identity = [triton_version(), target.name, ast.hash(), parsed.hash(), async_copy]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return Launch(ast, parsed.__dict__, backend, target, async_copy, key)
+
+
+@contextlib.contextmanager
+def _settings(launch: Launch) -> Iterator[None]:
+    """Apply the launch's compiler switches, and a cache that nobody else wrote to."""
+    from triton import knobs
+
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
+        stack.enter_context(knobs.amd.scope())
+        stack.enter_context(knobs.cache.scope())
+        knobs.cache.dir = cache
+        if launch.async_copy is not None:
+            knobs.amd.use_async_copy = launch.async_copy
+        yield
+
+
+class _Allocated(Exception):
+    """Leaves `make_llir` with the passes that were scheduled so far."""
+
+    def __init__(self, passes: Any):
+        self.passes = passes
+
+
+def lowering_fingerprint(backend: Any) -> str:
+    """Fingerprint the code of a backend's `make_llir`."""
+    code = inspect.getsource(type(backend).make_llir)
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def lds(launch: Launch) -> Allocation:
+    """Tell the exact LDS of a launch, by the shortest way that is known to be exact.
+
+    Raises:
+        CompileError: the compiler rejects the kernel.
+    """
+    if lowering_fingerprint(launch.backend) not in CHECKED_LOWERINGS:
+        return full(launch)[0]
+    with _settings(launch), _compile_errors():
+        module = _allocate(launch)
+    return Allocation(
+        lds_bytes=module.get_int_attr("ttg.shared"),
+        tmem_columns=module.get_int_attr("ttg.tensor_memory_size") or 0,
+        method="allocation",
+    )
+
+
+def _allocate(launch: Launch) -> Any:
+    """Run the pipeline until LDS is allocated; return the module."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import Language
+
+    options = launch.backend.parse_options(dict(launch.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    launch.backend.load_dialects(context)
+    module = launch.ast.make_ir(
+        gpu_target(launch.target),
+        options,
+        launch.backend.get_codegen_implementation(options),
+        launch.backend.get_module_map(),
+        context,
+    )
+    stages: dict[str, Any] = {}
+    launch.backend.add_stages(stages, options, Language.TRITON)
+    metadata = dict(options.__dict__)
+    module = stages["ttir"](module, metadata)
+    module = stages["ttgir"](module, metadata)
+    with _leave_after_allocation(launch.target.backend):
+        try:
+            stages["llir"](module, metadata)
+        except _Allocated as left:
+            left.passes.run(module, "allocate")
+            return module
+    raise AssertionError("make_llir never allocated, though its code was checked")
+
+
+@contextlib.contextmanager
+def _leave_after_allocation(backend: str) -> Iterator[None]:
+    from triton._C import libtriton
+
+    module, dialect, name = _LAST_ALLOCATION[backend]
+    holder = getattr(getattr(libtriton, module).passes, dialect)
+    schedule = getattr(holder, name)
+
+    def schedule_and_leave(passes: Any, *arguments: Any) -> None:
+        schedule(passes, *arguments)
+        raise _Allocated(passes)
+
+    setattr(holder, name, schedule_and_leave)
+    try:
+        yield
+    finally:
+        setattr(holder, name, schedule)
+
+
+def full(launch: Launch) -> tuple[Allocation, Resources]:
+    """Compile to machine code and read its resources.
+
+    Raises:
+        CompileError: the compiler rejects the kernel.
+    """
+    import triton
+
+    with _settings(launch), _compile_errors():
+        compiled = triton.compile(
+            launch.ast, target=gpu_target(launch.target), options=dict(launch.options)
+        )
+        metadata = compiled.metadata
+        allocation = Allocation(metadata.shared, getattr(metadata, "tmem_size", 0) or 0, "full")
+        read = _amd_resources if launch.target.backend == "hip" else _nvidia_resources
+        return allocation, read(compiled)
+
+
+@contextlib.contextmanager
+def _compile_errors() -> Iterator[None]:
+    """Turn what Triton raises about a kernel into `CompileError`."""
+    from triton.compiler.errors import TritonError
+
+    try:
+        yield
+    except (TritonError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise CompileError(f"{type(error).__name__}: {error}") from error
+
+
+def _amd_resources(compiled: Any) -> Resources:
+    assembly = compiled.asm["amdgcn"]
+
+    def metadata(name: str) -> int:
+        """Read the code object's metadata (LLVM AMDGPUUsage, code object v5)."""
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(found.group(1)) if found else 0
+
+    return Resources(
+        registers=metadata("vgpr_count"),
+        scalar_registers=metadata("sgpr_count"),
+        spilled_registers=metadata("vgpr_spill_count"),
+        scratch_bytes=metadata("private_segment_fixed_size"),
+        code_bytes=_code_bytes(compiled.asm["hsaco"]),
+    )
+
+
+def _nvidia_resources(compiled: Any) -> Resources:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    function = usage[usage.index(compiled.metadata.name) :]
+    counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", function)}
+    scratch = counts["STACK"] + counts["LOCAL"]
+    return Resources(
+        registers=counts["REG"],
+        scalar_registers=None,
+        spilled_registers=scratch // 4,
+        scratch_bytes=scratch,
+        code_bytes=_code_bytes(compiled.asm["cubin"]),
+    )
+
+
+def _code_bytes(binary: bytes) -> int:
+    """Add up the executable sections of an ELF file."""
+    from elftools.elf.constants import SH_FLAGS
+    from elftools.elf.elffile import ELFFile
+
+    sections = ELFFile(BytesIO(binary)).iter_sections()
+    return sum(s["sh_size"] for s in sections if s["sh_flags"] & SH_FLAGS.SHF_EXECINSTR)

@@ -1,0 +1,238 @@
+"""Grouped GEMM over experts, fp8 x mxfp4: y[r] = act(s_x x[token(r)] w[expert(r)]^T + b).
+
+One program computes one BLOCK_M x BLOCK_N tile of one expert: x, w and w's scales pass
+through LDS along K, accumulated in fp32. w is mxfp4: 32 elements along K share an e8m0
+scale, which the matrix units (or, where they can't, the compiler's widening) apply; x
+has one static scale, applied once to the accumulator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
+from .epilogue import SwiGLU, finish, finish_reference
+from .formats import MX_GROUP, dequantize_mxfp4
+from .launch import describe, expect, launch
+from .routing import Routing, expert_tile, per_expert
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@triton.jit
+def _moe_gemm_a8w4_kernel(
+    y_ptr,  # [rows, n_out] bf16
+    x_ptr,  # [tokens, k] fp8 if gathered, else [rows, k]
+    w_ptr,  # [experts, n, k // 2] uint8, two e2m1 each
+    x_scale_ptr,  # [1] fp32
+    w_scale_ptr,  # [experts, n, k // 32] uint8, e8m0
+    bias_ptr,  # [experts, n] fp32 or None
+    weight_ptr,  # [rows] fp32 routing weights or None
+    row_index_ptr,  # [rows] int32 token * top_k + slot, or None: x is in expert order
+    expert_end_ptr,  # [experts] int32
+    tile_count_ptr,  # [1] int32
+    tile_expert_ptr,  # [max_tiles] int32
+    tile_row_ptr,  # [max_tiles] int32
+    n,
+    k,
+    alpha,
+    limit,
+    shift,
+    TOP_K: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    W_CACHE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_XCDS: tl.constexpr,
+):
+    exists, expert, row, pid_n = expert_tile(
+        tile_count_ptr, tile_expert_ptr, tile_row_ptr, n, BLOCK_N, GROUP_M, NUM_XCDS
+    )
+    if not exists:
+        return
+    end = tl.load(expert_end_ptr + expert)
+    rows = row + tl.arange(0, BLOCK_M)
+    x_rows = tl.minimum(rows, end - 1)
+    if row_index_ptr is not None:
+        x_rows = tl.load(row_index_ptr + x_rows) // TOP_K
+    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % n
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_pair = tl.arange(0, BLOCK_K // 2)
+    offs_group = tl.arange(0, BLOCK_K // 32)
+    # Weights of all experts together can exceed 2^31 elements; one expert's do not.
+    expert = expert.to(tl.int64)
+    pairs = k // 2
+    groups = k // 32
+    x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
+    w_ptrs = w_ptr + expert * n * pairs + offs_n[None, :] * pairs + offs_pair[:, None]
+    w_scale_ptrs = (
+        w_scale_ptr + expert * n * groups + offs_n[:, None] * groups + offs_group[None, :]
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start_k in range(0, k, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs, cache_modifier=W_CACHE)
+            w_scale = tl.load(w_scale_ptrs)
+        else:
+            left = k - start_k
+            x = tl.load(x_ptrs, mask=(offs_k < left)[None, :], other=0.0)
+            w = tl.load(
+                w_ptrs, mask=(offs_pair < left // 2)[:, None], other=0, cache_modifier=W_CACHE
+            )
+            w_scale = tl.load(w_scale_ptrs, mask=(offs_group < left // 32)[None, :], other=0)
+        acc = tl.dot_scaled(x, None, "e4m3", w, w_scale, "e2m1", acc=acc, fast_math=True)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K // 2
+        w_scale_ptrs += BLOCK_K // 32
+    acc *= tl.load(x_scale_ptr)
+    finish(
+        acc,
+        y_ptr,
+        bias_ptr,
+        weight_ptr,
+        rows,
+        rows < end,
+        expert,
+        pid_n,
+        n,
+        alpha,
+        limit,
+        shift,
+        BLOCK_N,
+        SWIGLU,
+    )
+
+
+def source(problem: Problem, tile: Tile, target: Target) -> Source:
+    """Describe the kernel to the compiler; needs no GPU."""
+    return describe(
+        _moe_gemm_a8w4_kernel,
+        problem,
+        tile,
+        target,
+        # dot_scaled takes OCP e4m3 alone, also where the matrix units have another kind.
+        x_dtype="fp8e4nv",
+        w=TensorSpec((problem.experts, problem.n, problem.k // 2), "u8"),
+        scales={
+            "x_scale_ptr": TensorSpec((1,), "fp32"),
+            "w_scale_ptr": TensorSpec((problem.experts, problem.n, problem.k // MX_GROUP), "u8"),
+        },
+    )
+
+
+def moe_gemm_a8w4(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    routing: Routing,
+    tile: Tile,
+    *,
+    bias: Tensor | None = None,
+    gather: bool = True,
+    weighted: bool = False,
+    swiglu: SwiGLU | None = None,
+    num_warps: int = 8,
+    num_stages: int = 2,
+    num_xcds: int = 1,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Multiply each expert's rows by its weight.
+
+    Args:
+        x: ``[tokens, k]`` OCP fp8 e4m3 if ``gather``, else ``[rows, k]`` in expert
+            order; k a multiple of 32.
+        w: ``[experts, n, k // 2]`` uint8, packed along K as `formats.quantize_mxfp4` does.
+        x_scale: ``[1]`` fp32.
+        w_scale: ``[experts, n, k // 32]`` uint8, e8m0.
+        routing: with ``block_m`` of ``tile``.
+        bias: ``[experts, n]`` fp32.
+        weighted: multiply each row by its routing weight.
+        swiglu: activation over interleaved pairs of columns; n must be even.
+        num_xcds: dies of the chip that share no L2 (8 on MI300X and MI355X).
+        out_dtype: ``torch.bfloat16`` (the default) or ``torch.float32``.
+    Returns:
+        ``[rows, n]`` in expert order, ``n // 2`` columns with ``swiglu``.
+    Raises:
+        ValueError: shapes, types or devices disagree; the message shows both.
+        triton.runtime.errors.OutOfResources: tile and stages exceed the LDS.
+    """
+    import torch
+
+    expect("w", w, (None, None, None), (torch.uint8,), of=w)
+    experts, n, pairs = w.shape
+    k = 2 * pairs
+    if k % MX_GROUP:
+        raise ValueError(f"w has k = {k}; mxfp4 needs a multiple of {MX_GROUP}")
+    expect("x_scale", x_scale, (1,), (torch.float32,), of=w)
+    expect("w_scale", w_scale, (experts, n, k // MX_GROUP), (torch.uint8,), of=w)
+    return launch(
+        _moe_gemm_a8w4_kernel,
+        x,
+        (torch.float8_e4m3fn,),
+        w,
+        {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale},
+        routing,
+        tile,
+        k=k,
+        bias=bias,
+        gather=gather,
+        weighted=weighted,
+        swiglu=swiglu,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        num_xcds=num_xcds,
+        out_dtype=out_dtype,
+    )
+
+
+def cost(problem: Problem) -> Cost:
+    """Useful FLOPs and the bytes that any implementation must move."""
+    weights = min(problem.experts, problem.rows)
+    return Cost(
+        flops=2 * problem.rows * problem.n * problem.k,
+        bytes=(
+            (problem.m if problem.gather else problem.rows) * problem.k
+            + weights * problem.n * (problem.k // 2 + problem.k // MX_GROUP)
+            + problem.rows * problem.n_out * 2
+        ),
+    )
+
+
+def reference(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    routing: Routing,
+    *,
+    bias: Tensor | None = None,
+    gather: bool = True,
+    weighted: bool = False,
+    swiglu: SwiGLU | None = None,
+) -> Tensor:
+    """Say what correct means: one matrix product per expert, in float64.
+
+    Arguments are those of `moe_gemm_a8w4`; returns ``[rows, n_out]`` float64.
+    """
+    return per_expert(
+        x.double() * x_scale.double(),
+        dequantize_mxfp4(w, w_scale).double(),
+        routing,
+        gather=gather,
+        finish=lambda acc, expert, rows: finish_reference(
+            acc,
+            bias[expert] if bias is not None else None,
+            routing.weight[rows] if weighted else None,
+            swiglu,
+        ),
+    )

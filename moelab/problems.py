@@ -1,0 +1,282 @@
+"""The models, tile rules and stage rules under investigation, as data.
+
+Shapes and rules were read from ROCm/aiter at 2f7b13fc55 (2026-04-10): its model
+benchmark, ``bench_moe_gemm_*`` and ``moe_op_gemm_*``; the two fixes are
+ROCm/aiter#2723 and #3372. First matching row wins in every table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .specs import Problem, Tile
+
+
+@dataclass(frozen=True)
+class Model:
+    """A mixture-of-experts layer pair before tensor parallelism.
+
+    Args:
+        dim1: hidden size: K of layer 1 and N of layer 2.
+        dim2: N of layer 1, gate and up together; layer 2 reduces over half of it.
+        kernels: what it is served with, the published table's choice first.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    dim1: int
+    dim2: int
+    kernels: tuple[str, ...]
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("DeepSeek-R1", 256, 8, 7168, 4096, ("moe_gemm_a4w4", "moe_gemm_a8w8_blockscale")),
+        Model("GPT-OSS 120B", 128, 4, 2880, 5760, ("moe_gemm_a8w4",)),
+        Model("Llama4 Maverick", 128, 1, 5120, 16384, ("moe_gemm_a8w8",)),
+        Model("Qwen3-235B-A22B", 128, 8, 4096, 3072, ("moe_gemm_a8w8",)),
+        Model(
+            "Kimi-K2 Thinking",
+            384,
+            8,
+            7168,
+            4096,
+            ("moe_gemm_a8w4", "moe_gemm_a4w4", "moe_gemm_a8w8_blockscale"),
+        ),
+    )
+}
+
+TENSOR_PARALLEL = (1, 2, 4, 8)
+TOKENS = tuple(range(512, 15873, 1024))
+LAYERS = (1, 2)
+
+
+def problem(model: str, layer: int, tp: int, m: int) -> Problem:
+    """Shape one layer of a model, sharded.
+
+    >>> problem("GPT-OSS 120B", layer=2, tp=4, m=512).k
+    720
+    """
+    of = MODELS[model]
+    dim2 = max(of.dim2 // tp, 1)
+    first = layer == 1
+    return Problem(
+        model=model,
+        layer=layer,
+        tp=tp,
+        m=m,
+        experts=of.experts,
+        top_k=of.top_k,
+        n=dim2 if first else of.dim1,
+        k=of.dim1 if first else dim2 // 2,
+        gather=first,
+        swiglu=first,
+        weighted=not first,
+    )
+
+
+@dataclass(frozen=True)
+class TileRule:
+    """Where ``block_m <= max_block_m`` and ``n <= max_n``: this tile and its warps.
+
+    Args:
+        halve_below_programs: block_n is halved, while it is 64 or more, until the
+            grid has this many programs; 0 never halves.
+    """
+
+    kernel: str
+    max_block_m: int
+    max_n: float
+    block_n: int
+    block_k: int
+    num_warps: int
+    halve_below_programs: int = 0
+
+
+ANY = float("inf")
+# fmt: off
+TILE_RULES = (
+    #         kernel                      block_m <=  n <=  block_n block_k warps
+    TileRule("moe_gemm_a4w4",             16,         ANY,  128, 256, 4, halve_below_programs=256),
+    TileRule("moe_gemm_a4w4",             128,        ANY,  512, 256, 8),
+    TileRule("moe_gemm_a8w4",             16,         ANY,  128, 256, 4, halve_below_programs=256),
+    TileRule("moe_gemm_a8w4",             32,         1024, 128, 256, 4),
+    TileRule("moe_gemm_a8w4",             32,         4096, 256, 256, 8),
+    TileRule("moe_gemm_a8w4",             128,        ANY,  512, 256, 8),
+    TileRule("moe_gemm_a8w8",             16,         ANY,  64,  256, 4, halve_below_programs=256),
+    TileRule("moe_gemm_a8w8",             128,        ANY,  256, 256, 8),
+    TileRule("moe_gemm_a8w8_blockscale",  16,         ANY,  256, 128, 4, halve_below_programs=256),
+    TileRule("moe_gemm_a8w8_blockscale",  128,        ANY,  256, 128, 8),
+)
+
+
+@dataclass(frozen=True)
+class StageRule:
+    """Under ``policy``, where everything else matches: this many stages.
+
+    Args:
+        target: the only target that the rule speaks of; None is every AMD target.
+    """
+
+    policy: str
+    kernel: str | None
+    target: str | None
+    max_block_m: int
+    max_block_n: float
+    num_stages: int
+
+
+BEFORE, FIRST_FIX, LATER_FIX = "before #2723", "after #2723", "after #3372"
+POLICIES = (BEFORE, FIRST_FIX, LATER_FIX)
+STAGE_RULES = (
+    #          policy     kernel                      target    block_m <= block_n <= stages
+    StageRule(BEFORE,    None,                       None,     128, ANY, 2),
+    StageRule(FIRST_FIX, "moe_gemm_a8w8_blockscale", None,     128, ANY, 2),
+    StageRule(FIRST_FIX, None,                       "gfx950", 128, ANY, 1),
+    StageRule(FIRST_FIX, None,                       None,     128, ANY, 2),
+    StageRule(LATER_FIX, "moe_gemm_a8w8_blockscale", None,     128, ANY, 2),
+    StageRule(LATER_FIX, None,                       "gfx950", 16,  ANY, 2),
+    StageRule(LATER_FIX, None,                       "gfx942", 16,  ANY, 2),
+    StageRule(LATER_FIX, "moe_gemm_a4w4",            "gfx950", 32,  ANY, 2),
+    StageRule(LATER_FIX, "moe_gemm_a8w4",            "gfx950", 32,  256, 2),
+    StageRule(LATER_FIX, "moe_gemm_a8w4",            "gfx942", 32,  128, 2),
+    StageRule(LATER_FIX, None,                       "gfx950", 128, ANY, 1),
+    StageRule(LATER_FIX, None,                       "gfx942", 128, ANY, 1),
+)
+# fmt: on
+
+
+def routed_block_m(problem: Problem) -> int:
+    """Rows per tile: the mean rows per expert, rounded up to 2^n from 16 to 128.
+
+    >>> routed_block_m(problem("GPT-OSS 120B", layer=1, tp=1, m=1536))
+    64
+    """
+    mean = max(1, problem.rows // problem.experts)
+    return max(16, min(1 << (mean - 1).bit_length(), 128))
+
+
+def ruled_tile(kernel: str, problem: Problem) -> tuple[Tile, int]:
+    """Find the tile and the number of warps that the published rules choose.
+
+    Raises:
+        ValueError: no rule speaks of the kernel.
+    """
+    block_m = routed_block_m(problem)
+    for rule in TILE_RULES:
+        if kernel == rule.kernel and block_m <= rule.max_block_m and problem.n <= rule.max_n:
+            tile = Tile(block_m, rule.block_n, rule.block_k)
+            while tile.block_n >= 64 and programs(problem, tile) < rule.halve_below_programs:
+                tile = replace(tile, block_n=tile.block_n // 2)
+            return tile, rule.num_warps
+    known = sorted({rule.kernel for rule in TILE_RULES})
+    raise ValueError(
+        f"no tile rule for kernel {kernel!r}; there are rules for {', '.join(known)}; "
+        "give a tile and the number of warps instead"
+    )
+
+
+def max_tiles(rows: int, experts: int, block_m: int) -> int:
+    """Row tiles that any distribution of ``rows`` over ``experts`` can need.
+
+    The worst case gives one row to every expert but one.
+
+    >>> max_tiles(rows=2048, experts=128, block_m=16)
+    248
+    """
+    if rows <= experts:
+        return rows
+    return -(-(rows - experts + 1) // block_m) + experts - 1
+
+
+def programs(problem: Problem, tile: Tile) -> int:
+    """Programs in the grid, which is sized for the worst routing."""
+    return max_tiles(problem.rows, problem.experts, tile.block_m) * -(-problem.n // tile.block_n)
+
+
+def ruled_stages(policy: str, kernel: str, target: str, tile: Tile) -> int | None:
+    """Find the stage count that a policy gives; None where it says nothing.
+
+    >>> ruled_stages("after #3372", "moe_gemm_a8w4", "gfx950", Tile(32, 512, 256))
+    1
+    """
+    if target.startswith("sm_"):
+        return None
+    for rule in STAGE_RULES:
+        if (
+            policy == rule.policy
+            and rule.kernel in (None, kernel)
+            and rule.target in (None, target)
+            and tile.block_m <= rule.max_block_m
+            and tile.block_n <= rule.max_block_n
+        ):
+            return rule.num_stages
+    return None
+
+
+@dataclass(frozen=True)
+class SeedTest:
+    """A test file that ROCm/aiter#2723 names, and the shapes it runs.
+
+    Args:
+        fixed_by: the pull request after which it passed.
+        shapes: (m, n, k, experts, top_k) of the cases with static fp8 scales, as in
+            ROCm/aiter at 08940c7 (a8w4) and c87dcc8 (a8w8); each runs with and without
+            gather, routing weights and SwiGLU.
+    """
+
+    name: str
+    kernel: str
+    fixed_by: str
+    shapes: tuple[tuple[int, int, int, int, int], ...] = ()
+
+    def problems(self) -> Iterator[Problem]:
+        """Every launch of the test file, as a problem."""
+        for m, n, k, experts, top_k in self.shapes:
+            for gather in (False, True):
+                for weighted in (False, True):
+                    for swiglu in (False, True):
+                        yield Problem(
+                            model=self.name,
+                            layer=1 if gather else 2,
+                            tp=1,
+                            m=m,
+                            experts=experts,
+                            top_k=top_k,
+                            n=n,
+                            k=k,
+                            gather=gather,
+                            swiglu=swiglu,
+                            weighted=weighted,
+                        )
+
+
+SEED_TESTS = (
+    SeedTest("test_moe_gemm_a4w4", "moe_gemm_a4w4", "#2723"),
+    SeedTest(
+        "test_moe_gemm_a8w4",
+        "moe_gemm_a8w4",
+        "#2723",
+        (
+            (32, 6144, 3072, 128, 4),
+            (8192, 3072, 3072, 128, 4),
+            (4, 1024, 3072, 128, 4),
+            (1024, 3072, 512, 128, 4),
+            (4096, 3072, 3072, 128, 4),
+            (16, 512, 512, 32, 2),
+            (300, 400, 800, 8, 4),
+        ),
+    ),
+    SeedTest(
+        "test_moe_gemm_a8w8",
+        "moe_gemm_a8w8",
+        "#2723",
+        ((4096, 7168, 4096, 256, 8), (300, 400, 400, 8, 2)),
+    ),
+    SeedTest("test_moe_gemm_a8w8_blockscale", "moe_gemm_a8w8_blockscale", "not by #2723"),
+    SeedTest("test_ff_a16w16_fused", "ff_a16w16_fused", "#2940"),
+    SeedTest("test_fused_gemm_afp4wfp4_a16w16", "fused_gemm_afp4wfp4_a16w16", "#2784"),
+)

@@ -1,0 +1,216 @@
+"""What is compiled, measured and compared: frozen values, standard library only.
+
+Every other module speaks in these: a kernel is named, a `Problem` says what it
+computes, a `Tile` and launch options say how, a `Target` says where.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU that the compiler can be asked about, present or not.
+
+    Args:
+        name: what users type: ``gfx950``, ``sm_90``.
+        chips: products built on it.
+        backend: Triton's backend, ``hip`` or ``cuda``.
+        arch: Triton's architecture: ``gfx950`` or ``90``.
+        warp_size: threads per warp (wave).
+        lds_limit: bytes of LDS / shared memory that one workgroup may use.
+        lds_per_cu: bytes shared by all workgroups of one compute unit / SM.
+        registers_per_thread: most vector registers one thread may use.
+        registers_per_simd: 32-bit vector registers of one SIMD (AMD) or SM
+            sub-partition (NVIDIA), over all its lanes.
+        register_granularity: allocation step of registers per thread.
+        simds_per_cu: SIMDs (sub-partitions) per compute unit (SM).
+        max_warps_per_simd: resident warps per SIMD.
+        max_workgroups_per_cu: resident workgroups per compute unit / SM.
+        compute_units: on the first of ``chips``; None where no source was found.
+        peak_tflops: dense peak per type of the first of ``chips``, e.g.
+            ``{"bf16": 2500.0, "fp8": 5000.0}``; empty where no source was found.
+        bandwidth_tbps: peak memory bandwidth of the first of ``chips``; None
+            where no source was found.
+        fp8: Triton's name of the e4m3 type that the matrix units take.
+        sources: where each figure comes from, ``{"lds_limit": "...", ...}``.
+        xcds: dies that take workgroups in turn and share no L2.
+        async_copy_switch: Triton can copy global memory to LDS past the registers or
+            not, as it is told.
+    """
+
+    name: str
+    chips: tuple[str, ...]
+    backend: str
+    arch: str | int
+    warp_size: int
+    lds_limit: int
+    lds_per_cu: int
+    registers_per_thread: int
+    registers_per_simd: int
+    register_granularity: int
+    simds_per_cu: int
+    max_warps_per_simd: int
+    max_workgroups_per_cu: int
+    compute_units: int | None
+    peak_tflops: dict[str, float]
+    bandwidth_tbps: float | None
+    fp8: str
+    sources: dict[str, str]
+    xcds: int = 1
+    async_copy_switch: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The block of the output that one program computes, and its step along K.
+
+    >>> Tile.parse("128x512x256")
+    Tile(block_m=128, block_n=512, block_k=256)
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """Read ``MxNxK``.
+
+        Raises:
+            ValueError: not three powers of two; the message shows the text.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        if not match:
+            raise ValueError(
+                f"tile {text!r}: expected BLOCK_MxBLOCK_NxBLOCK_K, for example 128x256x128"
+            )
+        blocks = [int(group) for group in match.groups()]
+        wrong = [block for block in blocks if block < 1 or block & (block - 1)]
+        if wrong:
+            raise ValueError(
+                f"tile {text!r}: {wrong[0]} is not a power of two, which Triton's blocks must be"
+            )
+        return cls(*blocks)
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One MoE GEMM: every expert's rows of x times that expert's weight.
+
+    Args:
+        model: whose layer it is, or the name of the test that it comes from.
+        layer: 1 gathers tokens and ends in SwiGLU; 2 weights rows for their tokens.
+        tp: tensor parallelism, already applied to ``n`` and ``k``.
+        m: tokens before top-k.
+        experts, top_k: how many there are, how many each token visits.
+        n, k: columns of the weight and length of the reduction.
+        gather: x is ``[m, k]`` and rows are gathered by token; otherwise x is
+            ``[m * top_k, k]``, sorted by expert.
+        swiglu: pairs of columns end as one: y has ``n // 2`` columns.
+        weighted: rows of y are multiplied by their routing weight.
+        bias: fp32 ``[experts, n]`` is added.
+    """
+
+    model: str
+    layer: int
+    tp: int
+    m: int
+    experts: int
+    top_k: int
+    n: int
+    k: int
+    gather: bool
+    swiglu: bool
+    weighted: bool
+    bias: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Rows of all experts together."""
+        return self.m * self.top_k
+
+    @property
+    def n_out(self) -> int:
+        """Columns of y."""
+        return self.n // 2 if self.swiglu else self.n
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A contiguous tensor's shape and type, without its memory.
+
+    Stands for a real tensor when Triton specializes a launch: it answers the
+    same questions. ``data_ptr`` is 0 because allocators align to 16 bytes and more.
+
+    >>> TensorSpec((4, 8), "bf16").ptr_range()
+    64
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def data_ptr(self) -> int:
+        """Address, of which only the alignment is asked."""
+        return 0
+
+    def ptr_range(self) -> int:
+        """Bytes that the tensor spans; beyond 2 GiB the AMD backend drops buffer loads."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+
+# By Triton's names of the types.
+_BYTES = {"fp8e4nv": 1, "fp8e4b8": 1, "u8": 1, "bf16": 2, "i32": 4, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel as one launch would call it, for the compiler alone.
+
+    Args:
+        fn: the ``triton.jit`` function.
+        args: every parameter by name: `TensorSpec`, number, string or None.
+        options: launch options that belong to the kernel rather than to the sweep,
+            e.g. ``{"matrix_instr_nonkdim": 16}``.
+    """
+
+    fn: Any
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a problem needs at least, whoever computes it.
+
+    Args:
+        flops: useful floating-point operations, padding not counted.
+        bytes: compulsory traffic: each input read once, each output written once.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One question to the compiler.
+
+    Args:
+        async_copy: the AMD switch; None where the target has none.
+    """
+
+    kernel: str
+    problem: Problem
+    tile: Tile
+    num_warps: int
+    num_stages: int
+    async_copy: bool | None
+    target: str
