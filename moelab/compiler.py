@@ -9,12 +9,14 @@ have not been checked, it compiles in full and says so.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -157,22 +159,32 @@ def specialize_source(
 ) -> Launch:
     """Bind any kernel's launch; see `specialize`."""
     from triton.compiler import ASTSource
-    from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
 
-    fn = source.fn
-    backend = make_backend(gpu_target(target))
-    bind = create_function_from_signature(fn.signature, fn.params, backend)
+    backend, bind = _binder(source.fn, target.name)
     # JITFunction.run adds the debug knob to every launch.
     given = {**source.args, **options, "debug": False}
-    bound, specialization, excess = bind(**given)
-    parsed, signature, constants, attributes = fn._pack_args(
-        backend, given, bound, specialization, excess
-    )
-    ast = ASTSource(fn, signature, constants, attributes)
+    with warnings.catch_warnings():
+        # 3.9 announces that 3.10 will stop fusing by default; launches hear it, and so
+        # need not each sweep.
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        bound, specialization, excess = bind(**given)
+        parsed, signature, constants, attributes = source.fn._pack_args(
+            backend, given, bound, specialization, excess
+        )
+    ast = ASTSource(source.fn, signature, constants, attributes)
     identity = [triton_version(), target.name, ast.hash(), parsed.hash(), async_copy]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return Launch(ast, parsed.__dict__, backend, target, async_copy, key)
+
+
+@functools.cache
+def _binder(fn: Any, target: str) -> tuple[Any, Any]:
+    """Make the backend and the function that binds a launch's arguments."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(gpu_target(targets.get(target)))
+    return backend, create_function_from_signature(fn.signature, fn.params, backend)
 
 
 @contextlib.contextmanager

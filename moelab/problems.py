@@ -118,7 +118,7 @@ class StageRule:
     """Under ``policy``, where everything else matches: this many stages.
 
     Args:
-        target: the only target that the rule speaks of; None is every AMD target.
+        kernel, target: the only ones that the rule speaks of; None is every one.
     """
 
     policy: str
@@ -197,14 +197,15 @@ def programs(problem: Problem, tile: Tile) -> int:
     return max_tiles(problem.rows, problem.experts, tile.block_m) * -(-problem.n // tile.block_n)
 
 
-def ruled_stages(policy: str, kernel: str, target: str, tile: Tile) -> int | None:
-    """Find the stage count that a policy gives; None where it says nothing.
+def ruled_stages(policy: str, kernel: str, target: str, tile: Tile) -> int:
+    """Find the stage count that a policy gives.
+
+    Raises:
+        ValueError: the policy says nothing of the target.
 
     >>> ruled_stages("after #3372", "moe_gemm_a8w4", "gfx950", Tile(32, 512, 256))
     1
     """
-    if target.startswith("sm_"):
-        return None
     for rule in STAGE_RULES:
         if (
             policy == rule.policy
@@ -214,7 +215,11 @@ def ruled_stages(policy: str, kernel: str, target: str, tile: Tile) -> int | Non
             and tile.block_n <= rule.max_block_n
         ):
             return rule.num_stages
-    return None
+    spoken_of = sorted({rule.target for rule in STAGE_RULES if rule.target})
+    raise ValueError(
+        f"policy {policy!r} has no stage count for {kernel} with tile {tile} on {target}; "
+        f"its rules speak of {', '.join(spoken_of)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,9 @@ class SeedTest:
                             weighted=weighted,
                         )
 
+
+# Stage policy and async copy, in the order in which they happened.
+SEED_SCENARIOS = ((BEFORE, False), (BEFORE, True), (FIRST_FIX, True), (LATER_FIX, True))
 
 SEED_TESTS = (
     SeedTest("test_moe_gemm_a4w4", "moe_gemm_a4w4", "#2723"),

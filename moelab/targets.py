@@ -23,6 +23,7 @@ To add a target, copy the entry of its nearest relative and cite every figure.
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 
 from .specs import Target
 
@@ -436,3 +437,42 @@ def get(name: str) -> Target:
     raise ValueError(
         f"no target named {name!r}; the nearest is {nearest}. Targets: {', '.join(TARGETS)}"
     )
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How much of a kernel is resident at once, and what stops more.
+
+    Args:
+        limit: ``lds``, ``registers``, ``warps`` or ``workgroups``.
+    """
+
+    workgroups_per_cu: int
+    warps_per_simd: float
+    limit: str
+
+
+def occupancy(target: Target, lds_bytes: int, registers: int, num_warps: int) -> Occupancy:
+    """Bound the workgroups that one compute unit holds, by each of its resources.
+
+    Args:
+        lds_bytes: of one workgroup.
+        registers: vector registers per thread.
+
+    >>> occupancy(get("gfx950"), lds_bytes=65536, registers=128, num_warps=8)
+    Occupancy(workgroups_per_cu=2, warps_per_simd=4.0, limit='lds')
+    """
+    reserved = 1024 if target.backend == "cuda" else 0
+    granule = target.register_granularity
+    per_warp = -(-max(registers, 1) // granule) * granule * target.warp_size
+    limits = {
+        "lds": target.lds_per_cu // max(lds_bytes + reserved, 1),
+        "registers": target.registers_per_simd // per_warp * target.simds_per_cu // num_warps,
+        "warps": target.max_warps_per_simd * target.simds_per_cu // num_warps,
+    }
+    # AMD's limit counts barriers, which a workgroup of one wave does without.
+    if target.backend == "cuda" or num_warps > 1:
+        limits["workgroups"] = target.max_workgroups_per_cu
+    limit = min(limits, key=limits.__getitem__)
+    workgroups = limits[limit]
+    return Occupancy(workgroups, workgroups * num_warps / target.simds_per_cu, limit)

@@ -59,7 +59,7 @@ def _arguments(
         "alpha": activation.alpha,
         "limit": activation.limit,
         "shift": activation.shift,
-        "TOP_K": routing.top_k,
+        "top_k": routing.top_k,
         "SWIGLU": swiglu is not None,
         "EVEN_K": k % tile.block_k == 0,
         "W_CACHE": ".cg" if tile.block_m <= STREAMED_BLOCK_M else "",

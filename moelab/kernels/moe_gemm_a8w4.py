@@ -43,7 +43,7 @@ def _moe_gemm_a8w4_kernel(
     alpha,
     limit,
     shift,
-    TOP_K: tl.constexpr,
+    top_k,
     SWIGLU: tl.constexpr,
     EVEN_K: tl.constexpr,
     W_CACHE: tl.constexpr,
@@ -62,7 +62,7 @@ def _moe_gemm_a8w4_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     x_rows = tl.minimum(rows, end - 1)
     if row_index_ptr is not None:
-        x_rows = tl.load(row_index_ptr + x_rows) // TOP_K
+        x_rows = tl.load(row_index_ptr + x_rows) // top_k
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % n
     offs_k = tl.arange(0, BLOCK_K)
     offs_pair = tl.arange(0, BLOCK_K // 2)

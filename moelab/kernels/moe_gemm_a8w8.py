@@ -42,7 +42,7 @@ def _moe_gemm_a8w8_kernel(
     alpha,
     limit,
     shift,
-    TOP_K: tl.constexpr,
+    top_k,
     SWIGLU: tl.constexpr,
     EVEN_K: tl.constexpr,
     W_CACHE: tl.constexpr,
@@ -61,7 +61,7 @@ def _moe_gemm_a8w8_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     x_rows = tl.minimum(rows, end - 1)
     if row_index_ptr is not None:
-        x_rows = tl.load(row_index_ptr + x_rows) // TOP_K
+        x_rows = tl.load(row_index_ptr + x_rows) // top_k
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % n
     offs_k = tl.arange(0, BLOCK_K)
     # Weights of all experts together can exceed 2^31 elements; one expert's do not.

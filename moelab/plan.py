@@ -1,0 +1,153 @@
+"""A grid of questions: which configurations a sweep asks the compiler about.
+
+Checked before anything runs: a wrong value is answered with the right ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Collection
+
+from . import compiler, problems
+from .kernels import KERNELS
+from .parameters import ParameterError, as_list
+from .specs import Configuration, Target, Tile
+from .targets import TARGETS
+
+ASYNC_COPY = ("on", "off", "both", "default")
+WARPS = (1, 2, 4, 8, 16)
+
+
+def grid(
+    *,
+    kernels: object,
+    targets: object,
+    models: object = None,
+    layers: object = 1,
+    tp: object = 1,
+    m: object = 8704,
+    tiles: object = None,
+    warps: object = None,
+    stages: object = (1, 2),
+    async_copy: str = "default",
+) -> list[Configuration]:
+    """Expand a grid. Each argument takes a list, one value or comma-separated text.
+
+    Args:
+        kernels, targets: by name.
+        models: by name; None means the first that is served with each kernel, ``all``
+            means every one that is.
+        layers: 1, 2 or both.
+        tp: tensor parallelism.
+        m: tokens before top-k.
+        tiles: ``MxNxK``; None means the tile and warps that the published rules choose
+            for each problem.
+        warps: warps per workgroup, given together with ``tiles``.
+        stages: ``num_stages``.
+        async_copy: one of `ASYNC_COPY`; targets without the switch get one row.
+    Raises:
+        ParameterError: a value is not one of the right ones; the message lists them.
+    """
+    kernel_names = _names("kernels", kernels, KERNELS)
+    target_names = _names("targets", targets, TARGETS)
+    served = models in (None, "", "all")
+    model_names = [] if served else _names("models", models, [*problems.MODELS, "all"])
+    given_tiles = _tilings(tiles, warps)
+    shapes = itertools.product(
+        _integers("layers", layers, problems.LAYERS),
+        _integers("tp", tp),
+        _integers("m", m),
+    )
+    stage_counts = _integers("stages", stages)
+    _names("async_copy", async_copy, ASYNC_COPY)
+    configurations = []
+    for kernel, (layer, shards, tokens) in itertools.product(kernel_names, shapes):
+        for model in model_names or _served_with(kernel)[: None if models == "all" else 1]:
+            problem = problems.problem(model, layer, shards, tokens)
+            tilings = given_tiles or [problems.ruled_tile(kernel, problem)]
+            for (tile, num_warps), target, stage_count in itertools.product(
+                tilings, target_names, stage_counts
+            ):
+                configurations += [
+                    Configuration(kernel, problem, tile, num_warps, stage_count, switch, target)
+                    for switch in _switches(async_copy, TARGETS[target])
+                ]
+    return configurations
+
+
+def seed_tests(target: str = "gfx950") -> list[Configuration]:
+    """Plan every launch of the seed's tests: before async copy, and under each policy since.
+
+    Args:
+        target: where the tests run, one with the async-copy switch.
+    """
+    configurations = []
+    for test in problems.SEED_TESTS:
+        if test.kernel not in KERNELS:
+            continue
+        for problem in test.problems():
+            tile, num_warps = problems.ruled_tile(test.kernel, problem)
+            scenarios = {
+                (problems.ruled_stages(policy, test.kernel, target, tile), switch)
+                for policy, switch in problems.SEED_SCENARIOS
+            }
+            configurations += [
+                Configuration(test.kernel, problem, tile, num_warps, stages, switch, target)
+                for stages, switch in sorted(scenarios)
+            ]
+    return configurations
+
+
+def _served_with(kernel: str) -> list[str]:
+    """Name the models that are served with a kernel."""
+    return [model.name for model in problems.MODELS.values() if kernel in model.kernels]
+
+
+def _switches(async_copy: str, target: Target) -> list[bool | None]:
+    if not target.async_copy_switch:
+        return [None]
+    if async_copy == "default":
+        return [compiler.default_async_copy(target)]
+    return {"on": [True], "off": [False], "both": [False, True]}[async_copy]
+
+
+def _tilings(tiles: object, warps: object) -> list[tuple[Tile, int]]:
+    """Pair the given tiles with the given warps; none where none is given."""
+    if not tiles and not warps:
+        return []
+    if not tiles or not warps:
+        raise ParameterError(
+            f"tiles = {tiles!r} with warps = {warps!r}; give both, for example "
+            "tiles 128x256x256 and warps 4,8, or neither to take the published rules' choice"
+        )
+    try:
+        parsed = [Tile.parse(text) for text in as_list(tiles)]
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    return list(itertools.product(parsed, _integers("warps", warps, WARPS)))
+
+
+def _names(parameter: str, value: object, right: Collection[str]) -> list[str]:
+    """Read names, each one of the right ones."""
+    names = as_list(value)
+    for name in names:
+        if name not in right:
+            near = difflib.get_close_matches(name, right, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ParameterError(f"{parameter}: no {name!r}{hint} There are: {', '.join(right)}")
+    if not names:
+        raise ParameterError(f"{parameter} is empty; give one or more of {', '.join(right)}")
+    return list(dict.fromkeys(names))
+
+
+def _integers(parameter: str, value: object, right: Collection[int] = ()) -> list[int]:
+    """Read positive integers, of the right ones where not any will do."""
+    numbers = as_list(value, int)
+    wanted = f"one of {', '.join(map(str, right))}" if right else "1 or more"
+    for number in numbers:
+        if number < 1 or (right and number not in right):
+            raise ParameterError(f"{parameter}: {number} is not {wanted}")
+    if not numbers:
+        raise ParameterError(f"{parameter} is empty; give for example {right or '1'}")
+    return list(dict.fromkeys(numbers))

@@ -1,0 +1,172 @@
+"""Pictures of rows. Each function takes a frame and returns a matplotlib figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KIB = 1024
+
+# Okabe and Ito's palette, told apart by the colour-blind: jfly.uni-koeln.de/color.
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"
+_SWITCH = {"off": BLUE, "on": ORANGE, "no switch": BLUE}
+_ROW_INCHES = 0.36
+
+
+def use_style() -> None:
+    """Set what all figures share."""
+    import matplotlib as mpl
+
+    mpl.rcParams |= {
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 110,
+        "savefig.facecolor": "white",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "x",
+        "grid.color": "#e4e4e4",
+        "font.size": 10,
+        "legend.frameon": False,
+    }
+
+
+def lds_against_limit(rows: pd.DataFrame) -> Figure:
+    """Draw each tile's LDS per stage count, async copy off and on, against the limit.
+
+    The number in a marker is its stage count; hollow markers don't fit.
+    """
+    import matplotlib.pyplot as plt
+
+    compiled = tables.labelled(rows).dropna(subset=["lds_bytes"])
+    tilings = ["kernel", "target", "tile", "num_warps"]
+    worst = (
+        compiled.groupby([*tilings, tables.ASYNC_COPY, "num_stages", "lds_limit"])["lds_bytes"]
+        .max()
+        .reset_index()
+    )
+    panels = list(worst.groupby(["kernel", "target"]))
+    heights = [max(len(panel.groupby(["tile", "num_warps"])), 2) for _, panel in panels]
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(9.5, sum(heights) * 2 * _ROW_INCHES + 1.1 * len(panels)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+    )
+    for axis, ((kernel, target), panel) in zip(axes[:, 0], panels, strict=True):
+        _draw_stages(axis, panel)
+        axis.set_title(f"{kernel} on {target}")
+    axes[-1, 0].set_xlabel("LDS of one workgroup (KiB); the number is the stage count")
+    return figure
+
+
+def _draw_stages(axis: Axes, panel: pd.DataFrame) -> None:
+    limit = panel["lds_limit"].iloc[0]
+    tilings = sorted(
+        {(row.tile, row.num_warps) for row in panel.itertuples()}, key=_tile_numbers, reverse=True
+    )
+    switches = sorted(panel[tables.ASYNC_COPY].unique())
+    for y, tiling in enumerate(tilings):
+        for lane, switch in enumerate(switches):
+            here = panel[
+                (panel["tile"] == tiling[0])
+                & (panel["num_warps"] == tiling[1])
+                & (panel[tables.ASYNC_COPY] == switch)
+            ]
+            height = y + (0.5 - (lane + 0.5) / len(switches)) * 0.8
+            colour = _SWITCH[switch]
+            axis.plot(here["lds_bytes"] / KIB, [height] * len(here), color=colour, lw=1, alpha=0.5)
+            for row in here.itertuples():
+                fits = row.lds_bytes <= limit
+                axis.plot(
+                    row.lds_bytes / KIB,
+                    height,
+                    "o",
+                    ms=13,
+                    mfc=colour if fits else "white",
+                    mec=colour,
+                    mew=1.5,
+                )
+                axis.annotate(
+                    str(row.num_stages),
+                    (row.lds_bytes / KIB, height),
+                    ha="center",
+                    va="center_baseline",
+                    fontsize=8,
+                    color="white" if fits else "black",
+                )
+    for switch in switches:
+        label = "no async-copy switch" if switch == "no switch" else f"async copy {switch}"
+        axis.plot([], [], "o-", color=_SWITCH[switch], label=label)
+    _draw_limit(axis, limit, right=panel["lds_bytes"].max())
+    axis.set_yticks(range(len(tilings)), [f"{tile}\n{warps} warps" for tile, warps in tilings])
+    axis.set_ylim(-0.7, len(tilings) - 0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _tile_numbers(tiling: tuple[str, int]) -> tuple[int, ...]:
+    return (*map(int, tiling[0].split("x")), tiling[1])
+
+
+def _draw_limit(axis: Axes, limit: int, right: int) -> None:
+    edge = max(limit, right) / KIB * 1.06
+    axis.axvspan(limit / KIB, edge, color=RED, alpha=0.08, lw=0)
+    axis.axvline(limit / KIB, color=RED, lw=1.5, label=f"limit {limit / KIB:g} KiB")
+    axis.set_xlim(0, edge)
+
+
+def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
+    """Draw from LDS with async copy off to LDS with it on, at one stage count."""
+    import matplotlib.pyplot as plt
+
+    difference = tables.async_copy_difference(rows)
+    difference = difference[difference["num_stages"] == num_stages].iloc[::-1]
+    figure, axis = plt.subplots(figsize=(9.5, max(len(difference), 3) * _ROW_INCHES + 1.2))
+    if difference.empty:
+        axis.text(
+            0.5,
+            0.5,
+            f"no row with {num_stages} stages and both settings of async copy",
+            ha="center",
+            transform=axis.transAxes,
+        )
+        axis.set_axis_off()
+        return figure
+    ends: Any = difference[["off (bytes)", "on (bytes)", "limit (bytes)"]] / KIB
+    for y, (row, end) in enumerate(
+        zip(difference.itertuples(), ends.itertuples(index=False), strict=True)
+    ):
+        off, on, limit = end
+        axis.annotate(
+            "", (on, y), (off, y), arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1.5}
+        )
+        axis.plot(off, y, "o", ms=9, color=BLUE)
+        axis.plot(on, y, "o", ms=9, mec=ORANGE, mew=1.5, mfc=ORANGE if on <= limit else "white")
+        axis.plot([limit, limit], [y - 0.45, y + 0.45], color=RED, lw=1.5)
+        axis.annotate(row.verdict, (on, y), (8, 0), textcoords="offset points", va="center")
+    labels = [
+        f"{row.kernel} {row.target}\n{row.tile}, {row.num_warps} warps"
+        for row in difference.itertuples()
+    ]
+    axis.set_yticks(range(len(difference)), labels, fontsize=8)
+    axis.set_xlim(0, ends.to_numpy().max() * 1.22)
+    axis.set_xlabel(f"LDS of one workgroup at {num_stages} stages (KiB)")
+    for marker, colour, label in (
+        ("o", BLUE, "async copy off"),
+        ("o", ORANGE, "async copy on"),
+        ("|", RED, "limit"),
+    ):
+        axis.plot([], [], marker, ms=9, mew=1.5, color=colour, label=label)
+    axis.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure

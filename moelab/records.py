@@ -1,0 +1,201 @@
+"""Rows on disk: what was asked, what the compiler answered.
+
+Rows are journalled as they come, one append-only JSON Lines file per writer in the
+store's folder; Parquet is the export. Whoever reads needs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+
+# Every column, in order, with its pandas type. Nullable types: a missing figure is
+# missing, never zero.
+COLUMNS = {
+    "kernel": "string",
+    "model": "string",
+    "layer": "Int64",
+    "tp": "Int64",
+    "m": "Int64",  # tokens before top-k
+    "experts": "Int64",
+    "top_k": "Int64",
+    "n": "Int64",
+    "k": "Int64",
+    "gather": "boolean",
+    "swiglu": "boolean",
+    "weighted": "boolean",
+    "bias": "boolean",
+    "target": "string",
+    "triton": "string",
+    "block_m": "Int64",
+    "block_n": "Int64",
+    "block_k": "Int64",
+    "num_warps": "Int64",
+    "num_stages": "Int64",
+    "async_copy": "boolean",  # missing where the target has no such switch
+    "mode": "string",  # lds or full: what was asked
+    "compile_key": "string",  # equal for launches that compile to the same code
+    "status": "string",  # one of STATUSES
+    "reason": "string",  # why the status isn't ok
+    "lds_bytes": "Int64",
+    "lds_limit": "Int64",  # bytes
+    "tmem_columns": "Int64",
+    "method": "string",  # allocation or full: how the LDS was told
+    "registers": "Int64",  # per thread; here and below missing unless mode is full
+    "scalar_registers": "Int64",  # per wave
+    "spilled_registers": "Int64",  # per thread
+    "scratch_bytes": "Int64",  # per thread
+    "code_bytes": "Int64",
+    "workgroups_per_cu": "Int64",
+    "warps_per_simd": "Float64",
+    "occupancy_limit": "string",  # lds, registers, warps or workgroups
+    "moelab": "string",
+    "schema": "Int64",
+}
+
+STATUSES = {
+    "ok": "fits",
+    "out_of_lds": "needs more LDS / shared memory than a workgroup may use",
+    "out_of_tmem": "needs more tensor memory than an SM has",
+    "compile_error": "the compiler rejects it; `reason` has its words",
+    "crashed": "the compiler died; `reason` has its last words",
+    "timeout": "the compiler did not finish in time",
+}
+
+# What tells two rows apart: everything that was asked.
+KEY = tuple(itertools.takewhile(lambda name: name != "status", COLUMNS))
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Tell a row from every other."""
+    return tuple(row.get(name) for name in KEY)
+
+
+class Journal:
+    """Appends rows to a file of its own in a store.
+
+    Each row is one ``write`` in append mode, so a killed writer tears at most its
+    last line.
+    """
+
+    def __init__(self, store: Path):
+        """Open a new file in ``store``, which is made if missing.
+
+        Raises:
+            OSError: the folder can't be made or written to.
+        """
+        store.mkdir(parents=True, exist_ok=True)
+        self.path = store / f"rows-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self._file: int | None = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row."""
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(self._file, (json.dumps(_plain(row)) + "\n").encode())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Write NaN as null, which is what JSON has."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in row.items()
+    }
+
+
+def journalled(store: Path) -> Iterator[dict[str, Any]]:
+    """Read every row of a store; warn of a line that can't be read and go on.
+
+    Raises:
+        ValueError: a row was written by a later moelab.
+    """
+    for path in sorted(store.glob("*.jsonl")):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                warnings.warn(f"{path}:{number} is not a row; left out", stacklevel=2)
+                continue
+            if row.get("schema", 0) > SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path}:{number} has schema {row['schema']}; this moelab reads up to "
+                    f"{SCHEMA_VERSION}: upgrade moelab, or choose another store"
+                )
+            yield row
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Make rows a frame with every column of `COLUMNS`, in order and typed."""
+    import pandas as pd
+
+    table = pd.DataFrame(list(rows), columns=list(COLUMNS))
+    return table.astype(COLUMNS)
+
+
+def read(path: Path | str) -> pd.DataFrame:
+    """Read rows back: a store's folder, a journal or a Parquet file.
+
+    Of rows with the same key the last stays.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``; the message says what would be.
+        ValueError: columns are missing, or a later moelab wrote the rows.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if path.suffix == ".parquet" and path.is_file():
+        table = pd.read_parquet(path)
+        if missing := [name for name in COLUMNS if name not in table]:
+            raise ValueError(f"{path} has no column {', '.join(missing)}: not an export of moelab")
+        if len(table) and table["schema"].max() > SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema {table['schema'].max()}; this moelab reads up to "
+                f"{SCHEMA_VERSION}: upgrade moelab"
+            )
+        return table[list(COLUMNS)].astype(COLUMNS)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no rows there; give a store's folder or a .parquet export"
+        )
+    return frame({key(row): row for row in journalled(path)}.values())
+
+
+def export(rows: pd.DataFrame, path: Path | str) -> Path:
+    """Write rows as Parquet, whole or not at all.
+
+    Args:
+        path: ends in ``.parquet``; an existing file is replaced.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if path.suffix != ".parquet":
+        raise ValueError(f"{path}: the export is Parquet; name it {path.with_suffix('.parquet')}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(
+        pa.Table.from_pandas(rows, preserve_index=False), partial, write_page_checksum=True
+    )
+    partial.replace(path)
+    return path

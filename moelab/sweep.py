@@ -1,0 +1,248 @@
+"""Configurations become rows: compiled on all cores, journalled as they come.
+
+Launches that compile to the same code are compiled once, and each configuration gets
+its row. A second run compiles only what no row of the store answers yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__, compiler, records, targets
+from .specs import Configuration
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Of a healthy compile; the longest seen took 40 s, num_stages=64 more than 90 s.
+TIMEOUT_S = 120
+
+# A failing ptxas prints thousands of lines.
+_REASON_CHARACTERS = 800
+
+
+def run(
+    configurations: Sequence[Configuration],
+    store: Path | str,
+    *,
+    full: bool = False,
+    jobs: int | None = None,
+    progress: bool = True,
+    timeout_s: float = TIMEOUT_S,
+) -> pd.DataFrame:
+    """Answer every configuration from the store or the compiler.
+
+    Args:
+        store: folder of journals; made if missing.
+        full: compile to machine code too, for registers, spills and occupancy.
+        jobs: processes; None takes every core.
+        progress: show on stderr how many configurations are left.
+        timeout_s: after this a compile is ended and its row says so.
+    Returns:
+        one row per configuration, in their order: `records.COLUMNS`.
+    """
+    store = Path(store)
+    mode = "full" if full else "lds"
+    known = {records.key(row): row for row in records.journalled(store)}
+    asked = [_question(configuration, mode) for configuration in configurations]
+    missing: dict[str, list[int]] = defaultdict(list)
+    for index, question in enumerate(asked):
+        if records.key(question) not in known:
+            missing[question["compile_key"]].append(index)
+    with records.Journal(store) as journal, _bar(asked, missing, progress) as bar:
+        # Another configuration's row may answer what compiles to the same code.
+        answers = {
+            (row["compile_key"], row["mode"]): _answer_of(row)
+            for row in known.values()
+            if row["status"] not in ("crashed", "timeout")
+        }
+        first = {
+            key: configurations[indices[0]]
+            for key, indices in missing.items()
+            if (key, mode) not in answers
+        }
+        old = ((key, answers[key, mode]) for key in missing if key not in first)
+        for source in (old, _compile_all(first, full, jobs or _cores(), timeout_s)):
+            for compile_key, answer in source:
+                for index in missing[compile_key]:
+                    row = asked[index] | answer
+                    journal.append(row)
+                    known[records.key(row)] = row
+                bar.update(len(missing[compile_key]))
+    return records.frame(known[records.key(question)] for question in asked)
+
+
+def _bar(asked: Sequence[Any], missing: dict[str, list[int]], progress: bool) -> Any:
+    from tqdm import tqdm
+
+    left = sum(map(len, missing.values()))
+    return tqdm(
+        total=len(asked),
+        initial=len(asked) - left,
+        unit="config",
+        desc="compile",
+        disable=not (progress and left),
+        file=sys.stderr,
+    )
+
+
+def _question(configuration: Configuration, mode: str) -> dict[str, Any]:
+    """Start a configuration's row: everything that is asked."""
+    problem = asdict(configuration.problem)
+    return {
+        "kernel": configuration.kernel,
+        **problem,
+        "target": configuration.target,
+        "triton": compiler.triton_version(),
+        **asdict(configuration.tile),
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+        "async_copy": configuration.async_copy,
+        "mode": mode,
+        "compile_key": compiler.specialize(configuration).key,
+    }
+
+
+def _answer_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in records.KEY}
+
+
+def answer(configuration: Configuration, full: bool) -> dict[str, Any]:
+    """Ask the compiler, in this process; returns a row's second half.
+
+    Raises:
+        compiler.CompileError: it rejects the kernel.
+    """
+    target = targets.get(configuration.target)
+    launch = compiler.specialize(configuration)
+    found: dict[str, Any] = {}
+    if full:
+        allocation, resources = compiler.full(launch)
+        found |= asdict(resources)
+        occupancy = targets.occupancy(
+            target, allocation.lds_bytes, resources.registers, configuration.num_warps
+        )
+        found |= {
+            "workgroups_per_cu": occupancy.workgroups_per_cu,
+            "warps_per_simd": occupancy.warps_per_simd,
+            "occupancy_limit": occupancy.limit,
+        }
+    else:
+        allocation = compiler.lds(launch)
+    found |= asdict(allocation)
+    status, reason = "ok", None
+    if allocation.lds_bytes > target.lds_limit:
+        status = "out_of_lds"
+        reason = f"needs {allocation.lds_bytes:,} of {target.lds_limit:,} bytes"
+    elif allocation.tmem_columns > compiler.TMEM_COLUMNS:
+        status = "out_of_tmem"
+        reason = f"needs {allocation.tmem_columns} of {compiler.TMEM_COLUMNS} columns"
+    return _stamped(status, reason, target) | found
+
+
+def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[str, Any]:
+    return {
+        "status": status,
+        "reason": reason,
+        "lds_limit": target.lds_limit,
+        "moelab": __version__,
+        "schema": records.SCHEMA_VERSION,
+    }
+
+
+def _compile_all(
+    configurations: dict[str, Configuration], full: bool, jobs: int, timeout_s: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each key's answer as it comes; a failure is an answer too."""
+    from pebble import ProcessPool
+
+    if not configurations:
+        return
+    with tempfile.TemporaryDirectory(prefix="moelab-") as logs:
+        pool = ProcessPool(
+            max_workers=min(jobs, len(configurations)),
+            initializer=_start_worker,
+            initargs=[os.getpid()],
+            # Triton and LLVM threads do not survive a fork.
+            context=multiprocessing.get_context("spawn"),
+        )
+        try:
+            keys: dict[Future[Any], str] = {}
+            for key, configuration in configurations.items():
+                log = Path(logs) / key
+                future = pool.schedule(
+                    _compile_one, args=[configuration, full, log], timeout=timeout_s
+                )
+                keys[future] = key
+            for future in as_completed(keys):
+                key = keys[future]
+                found = _outcome(future, configurations[key], Path(logs) / key, timeout_s)
+                yield key, found
+            pool.close()
+        finally:
+            # Whatever ended the loop: no worker compiles on for nobody.
+            pool.stop()
+            pool.join()
+
+
+def _outcome(
+    future: Future[Any], configuration: Configuration, log: Path, timeout_s: float
+) -> dict[str, Any]:
+    """Turn a worker's result, its failure or its death into an answer."""
+    from pebble import ProcessExpired
+
+    target = targets.get(configuration.target)
+    try:
+        return future.result()
+    except compiler.CompileError as error:
+        return _stamped("compile_error", _reason(str(error), log), target)
+    except TimeoutError:
+        return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
+    except ProcessExpired as died:
+        how = f"exit code {died.exitcode}"
+        if died.exitcode is not None and died.exitcode < 0:
+            how = signal.Signals(-died.exitcode).name
+        return _stamped("crashed", _reason(f"the compiler's process died: {how}", log), target)
+
+
+def _reason(message: str, log: Path) -> str:
+    """Join what was raised with what the compiler printed as errors."""
+    printed = log.read_text(errors="replace").splitlines() if log.exists() else []
+    errors = [line.strip() for line in printed if "error" in line.lower()] or printed[-5:]
+    # The frontend quotes the whole kernel before it comes to the point.
+    lines = [line for line in message.splitlines() if line.strip(" ^")]
+    point = lines if len(lines) <= 4 else [lines[0], "...", *lines[-2:]]
+    text = "\n".join([*point, *dict.fromkeys(errors[:3])])
+    return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 3] + "..."
+
+
+def _start_worker(parent: int) -> None:
+    """Leave interrupts to the parent, and die with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _compile_one(configuration: Configuration, full: bool, log: Path) -> dict[str, Any]:
+    """Answer in a worker, whose stderr is the compiler's diary."""
+    with log.open("w") as diary:
+        os.dup2(diary.fileno(), sys.stderr.fileno())
+        return answer(configuration, full)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

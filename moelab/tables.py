@@ -1,0 +1,199 @@
+"""Answers in tables: what rows say about fitting, one question each.
+
+Frames in, frames out; no compiler, no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import problems
+from .specs import Tile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A tile with its warps, as one kernel on one target launches it.
+TILING = ["kernel", "target", "triton", "tile", "num_warps"]
+
+ASYNC_COPY = "async copy"
+
+
+def labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns that people read: ``tile`` as MxNxK and async copy in words."""
+    tile = rows[["block_m", "block_n", "block_k"]].astype("string")
+    words = rows["async_copy"].map({True: "on", False: "off"}).fillna("no switch")
+    return rows.assign(
+        tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"],
+        **{ASYNC_COPY: words.astype("string")},
+    )
+
+
+def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Sort by kernel, target and the tile's numbers rather than its letters."""
+
+    def order(column: pd.Series) -> pd.Series:
+        if column.name != "tile":
+            return column
+        return column.map(lambda tile: "x".join(block.zfill(6) for block in tile.split("x")))
+
+    by = list(table.columns[: table.columns.get_loc("tile") + 3])
+    return table.sort_values(by, key=order, ignore_index=True)
+
+
+def statuses(rows: pd.DataFrame) -> pd.DataFrame:
+    """Count configurations by status, per kernel, target, async copy and stage count."""
+    counts = labelled(rows).pivot_table(
+        index=["kernel", "target", "triton", ASYNC_COPY, "num_stages"],
+        columns="status",
+        values="lds_limit",
+        aggfunc="size",
+        fill_value=0,
+        observed=True,
+    )
+    counts["configurations"] = counts.sum(axis=1)
+    return counts.rename_axis(columns=None).reset_index()
+
+
+def lds_by_stages(rows: pd.DataFrame) -> pd.DataFrame:
+    """Give the most LDS bytes that any problem needs, a column per stage count.
+
+    Returns:
+        one row per tile, warps and async copy: ``1 stage (bytes)``, ..., ``limit (bytes)``.
+    """
+    compiled = labelled(rows).dropna(subset=["lds_bytes"])
+    table = compiled.pivot_table(
+        index=[*TILING, ASYNC_COPY, "lds_limit"],
+        columns="num_stages",
+        values="lds_bytes",
+        aggfunc="max",
+    )
+    table.columns = [
+        f"{stages} stage{'s' if stages > 1 else ''} (bytes)" for stages in table.columns
+    ]
+    table = table.reset_index()
+    table["limit (bytes)"] = table.pop("lds_limit")
+    return _in_tile_order(table)
+
+
+def async_copy_difference(rows: pd.DataFrame) -> pd.DataFrame:
+    """Set each tile's LDS with async copy on against off.
+
+    Returns:
+        one row per tile, warps and stage count whose target has the switch: bytes off
+        and on (the most over all problems), what was added, and what became of the fit.
+    """
+    compiled = labelled(rows).dropna(subset=["lds_bytes", "async_copy"])
+    pairs = compiled.pivot_table(
+        index=[*TILING, "num_stages", "lds_limit"],
+        columns=ASYNC_COPY,
+        values="lds_bytes",
+        aggfunc="max",
+    )
+    pairs = pairs.reindex(columns=["off", "on"]).dropna().reset_index()
+    limit = pairs.pop("lds_limit")
+    fits = {(True, True): "fits", (True, False): "no longer fits", (False, True): "now fits"}
+    verdict = [
+        fits.get((off <= most, on <= most), "never fits")
+        for off, on, most in zip(pairs["off"], pairs["on"], limit, strict=True)
+    ]
+    pairs = pairs.assign(added=pairs["on"] - pairs["off"], limit=limit)
+    bytes_ = ["off", "on", "added", "limit"]
+    return _in_tile_order(
+        pairs.rename(columns={name: f"{name} (bytes)" for name in bytes_}).assign(verdict=verdict)
+    )
+
+
+def largest_stages(rows: pd.DataFrame) -> pd.DataFrame:
+    """Find the largest stage count up to which every problem of a tile fits.
+
+    Returns:
+        one row per tile, warps and async copy: ``largest stage count that fits`` (0 where
+        none does), the LDS it needs, what stays free, and the largest that was asked.
+    """
+    import pandas as pd
+
+    found = []
+    for names, of_tile in labelled(rows).groupby([*TILING, ASYNC_COPY], sort=False):
+        fits = of_tile.groupby("num_stages")["status"].agg(lambda s: (s == "ok").all())
+        best = max((stages for stages, ok in fits.items() if ok), default=0)
+        used = of_tile.loc[of_tile["num_stages"] == best, "lds_bytes"].max()
+        limit = of_tile["lds_limit"].iloc[0]
+        found.append((*names, best, used, limit - used, fits.index.max()))
+    columns = ["largest stage count that fits", "LDS (bytes)", "free (bytes)", "asked up to"]
+    table = pd.DataFrame(found, columns=[*TILING, ASYNC_COPY, *columns])
+    return _in_tile_order(table.astype({name: "Int64" for name in columns}))
+
+
+def seed_tests(rows: pd.DataFrame) -> pd.DataFrame:
+    """Re-derive which test files fail for want of LDS, under every stage policy.
+
+    Args:
+        rows: of `plan.seed_tests`.
+    Returns:
+        one row per test file that ROCm/aiter#2723 names: the verdict with async copy
+        off, then with it on under each policy; what made it pass in the end.
+    """
+    import pandas as pd
+
+    rows = labelled(rows)
+    table = []
+    for test in problems.SEED_TESTS:
+        of_test = rows[rows["model"] == test.name]
+        verdicts = {}
+        for policy, switch in problems.SEED_SCENARIOS:
+            ruled = [
+                problems.ruled_stages(policy, row.kernel, row.target, Tile.parse(row.tile))
+                for row in of_test.itertuples()
+            ]
+            asked = (of_test["num_stages"] == ruled) & (of_test["async_copy"] == switch)
+            name = f"{policy}, async copy {'on' if switch else 'off'}"
+            verdicts[name] = _verdict(of_test.loc[asked, "status"])
+        table.append({"test": test.name, **verdicts, "made to pass by": test.fixed_by})
+    return pd.DataFrame(table)
+
+
+def _verdict(status: pd.Series) -> str:
+    """Say whether a test passes, from the status of each of its launches."""
+    if status.empty:
+        return "not compiled here"
+    failed = int((status != "ok").sum())
+    if not failed:
+        return f"passes ({len(status)} launches)"
+    return f"FAILS ({failed} of {len(status)} launches out of LDS)"
+
+
+def conclusion(rows: pd.DataFrame) -> str:
+    """Sum the sweep up in Markdown sentences, computed from the rows."""
+    sentences = []
+    difference = async_copy_difference(rows)
+    for (kernel, target, triton), of_target in difference.groupby(["kernel", "target", "triton"]):
+        for stages, tiles in of_target.groupby("num_stages"):
+            lost = tiles[tiles["verdict"] == "no longer fits"]
+            if lost.empty:
+                continue
+            factor = (tiles["on (bytes)"] / tiles["off (bytes)"]).median()
+            worst = lost.loc[lost["on (bytes)"].idxmax()]
+            sentences.append(
+                f"**{kernel} on {target}, {stages} stages** (Triton {triton}): async copy "
+                f"multiplies LDS by {factor:.2f} (median over {len(tiles)} tiles) and "
+                f"{len(lost)} of them no longer fit: {', '.join(lost['tile'])}. The largest "
+                f"goes from {worst['off (bytes)']:,} to {worst['on (bytes)']:,} of "
+                f"{worst['limit (bytes)']:,} bytes."
+            )
+    best = largest_stages(rows)
+    best = best[best[ASYNC_COPY] != "off"]
+    for (kernel, target), tiles in best.groupby(["kernel", "target"]):
+        deepest = "largest stage count that fits"
+        listed = [
+            f"{stages} for {', '.join(of_stages['tile'])}"
+            for stages, of_stages in tiles.groupby(deepest)
+        ]
+        sentences.append(
+            f"**{kernel} on {target}**: the largest stage count that fits every problem "
+            f"is {'; '.join(listed)} (stage counts up to {tiles['asked up to'].max()} were asked)."
+        )
+    rejected = rows[~rows["status"].isin(["ok", "out_of_lds"])]
+    for (kernel, target, status), group in rejected.groupby(["kernel", "target", "status"]):
+        sentences.append(f"**{kernel} on {target}**: {len(group)} rows ended in `{status}`.")
+    return "\n".join(f"- {sentence}" for sentence in sentences)
