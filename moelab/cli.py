@@ -5,66 +5,61 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from . import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Which stage counts of Triton MoE GEMM kernels fit the LDS: told without a GPU.",
-)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Store = Annotated[Path, typer.Option("--store", help="Folder where rows live.")]
-Jobs = Annotated[int | None, typer.Option("--jobs", help="Processes; every core if not given.")]
-
-# Rows that are still read as a table; more are summed up.
+# Rows that are still read as a table; more are counted.
 _READABLE_ROWS = 60
 
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
-@app.callback(invoke_without_command=True)
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+
+@click.group(context_settings={"show_default": True, "max_content_width": 100})
+@click.version_option(__version__)
+def app() -> None:
+    """Which stage counts of Triton MoE GEMM kernels fit the LDS: told without a GPU."""
 
 
 @app.command()
+@click.option("--kernel", required=True, help="Kernels, comma-separated, or all.")
+@click.option("--target", required=True, help="Targets, comma-separated; see `moelab targets`.")
+@click.option("--tile", help="Tiles MxNxK; if not given, the published rules' and their warps.")
+@click.option("--warps", help="Warps per workgroup, with --tile.")
+@click.option("--stages", default="1,2", help="Stage counts.")
+@click.option("--async-copy", default="default", help="on, off, both, or as the compiler has it.")
+@click.option("--model", help="Models, or all; if not given, the first served with each kernel.")
+@click.option("--layer", default="1", help="1 (gather, SwiGLU), 2 (routing weights), or all.")
+@click.option("--tp", default="1", help="Tensor parallelism; all: 1,2,4,8.")
+@click.option("--m", default="8704", help="Tokens before top-k; all: 512 to 15872.")
+@click.option("--full", is_flag=True, help="Compile to the end: registers, spills, occupancy.")
+@click.option("--export", type=click.Path(path_type=Path), help="Write the rows to a .parquet.")
+@click.option(
+    "--store", default="rows", type=click.Path(path_type=Path), help="Folder where rows live."
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes; if not given, every core.")
+@_as_json
 def sweep(
-    kernel: Annotated[str, typer.Option(help="Kernels, comma-separated.")],
-    target: Annotated[str, typer.Option(help="Targets, comma-separated; see `moelab targets`.")],
-    tile: Annotated[
-        str | None, typer.Option(help="Tiles MxNxK; the published rules' if not given.")
-    ] = None,
-    warps: Annotated[str | None, typer.Option(help="Warps per workgroup, with --tile.")] = None,
-    stages: Annotated[str, typer.Option(help="Stage counts.")] = "1,2",
-    async_copy: Annotated[
-        str, typer.Option(help="on, off, both, or default as the compiler has it.")
-    ] = "default",
-    model: Annotated[
-        str | None,
-        typer.Option(help="Models, or all; the first served with each kernel if not given."),
-    ] = None,
-    layer: Annotated[str, typer.Option(help="1 (gather, SwiGLU), 2 (weighted), or both.")] = "1",
-    tp: Annotated[str, typer.Option(help="Tensor parallelism.")] = "1",
-    m: Annotated[str, typer.Option(help="Tokens before top-k.")] = "8704",
-    full: Annotated[
-        bool, typer.Option("--full", help="Compile to the end: registers, spills, occupancy.")
-    ] = False,
-    export: Annotated[Path | None, typer.Option(help="Write the rows to this .parquet.")] = None,
-    store: Store = Path("rows"),
-    jobs: Jobs = None,
-    as_json: AsJson = False,
+    kernel: str,
+    target: str,
+    tile: str | None,
+    warps: str | None,
+    stages: str,
+    async_copy: str,
+    model: str | None,
+    layer: str,
+    tp: str,
+    m: str,
+    full: bool,
+    export: Path | None,
+    store: Path,
+    jobs: int | None,
+    as_json: bool,
 ) -> None:
     """Tell the exact LDS of every configuration of a grid, without a GPU.
 
@@ -90,56 +85,78 @@ def sweep(
             stages=stages,
             async_copy=async_copy,
         )
-        if jobs is not None and jobs < 1:
-            raise ParameterError(f"--jobs {jobs}: give 1 or more, or leave it out for every core")
+        rows = sweep_.run(configurations, store, full=full, jobs=jobs)
+        if export is not None:
+            records.export(rows, export)
     except ParameterError as error:
-        raise typer.BadParameter(str(error)) from None
-    rows = sweep_.run(configurations, store, full=full, jobs=jobs)
-    if export is not None:
-        records.export(rows, export)
+        raise click.UsageError(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
     if as_json:
-        typer.echo(rows.to_json(orient="records", lines=True), nl=False)
+        click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
         _show(rows)
 
 
 def _show(rows: pd.DataFrame) -> None:
     """Print rows as a table, or counts where they are too many to read."""
-    configuration = ["kernel", "target", "triton", "num_warps", "num_stages", "async_copy"]
-    tile = rows[["block_m", "block_n", "block_k"]].astype(str).agg("x".join, axis=1)
-    table = rows[configuration].assign(tile=tile)
-    answer = rows[["lds_bytes", "lds_limit", "status"]]
-    if len(rows) <= _READABLE_ROWS:
-        problem = rows[["model", "layer", "tp", "m"]]
-        varying = [name for name in problem if problem[name].nunique() > 1]
-        typer.echo(problem[varying].join(table).join(answer).to_string(index=False, na_rep="-"))
+    from . import tables
+
+    rows = tables.labelled(rows)
+    if len(rows) > _READABLE_ROWS:
+        click.echo(tables.statuses(rows).to_string(index=False))
     else:
-        counts = table.join(answer).value_counts([*configuration[:2], "num_stages", "status"])
-        typer.echo(counts.sort_index().to_string())
+        problem = ["model", "layer", "tp", "m"]
+        varying = [name for name in problem if rows[name].nunique() > 1]
+        shown = [*tables.TILING, "num_stages", tables.ASYNC_COPY]
+        answer = ["lds_bytes", "lds_limit", "status", "registers", "spilled_registers"]
+        table = rows[[*shown, *varying, *answer]].dropna(axis="columns", how="all")
+        click.echo(table.to_string(index=False, na_rep="-"))
     for reason in rows.loc[rows["status"] == "compile_error", "reason"].unique()[:3]:
-        typer.echo(f"\n{reason}", err=True)
+        click.echo(f"\n{reason}", err=True)
 
 
 @app.command()
-def report(
-    notebook: Annotated[str, typer.Argument(help="A notebook's name or path.")],
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--parameter", metavar="NAME VALUE", help="Set a parameter."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("reports"),
-) -> None:
+@click.argument("notebook")
+@click.option(
+    "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter."
+)
+@click.option(
+    "--out", default="reports", type=click.Path(path_type=Path), help="Folder for the report."
+)
+def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path) -> None:
     """Run a notebook and render it as one HTML file that opens offline.
 
     \b
     Example:
       moelab report 01_stage_sweep -p targets gfx950 -p stages 1,2
     """
+    from . import report as report_
+    from .parameters import ParameterError
+
+    try:
+        html = report_.render(notebook, {name: _value(text) for name, text in parameters}, out)
+    except (ParameterError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from None
+    except report_.ReportError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(html)
+
+
+def _value(text: str) -> Any:
+    """Read a value as papermill's command line does: numbers and booleans, else text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
 @app.command()
-def targets(as_json: AsJson = False) -> None:
-    """List the GPUs that can be asked about, with the source of every figure in --json.
+@_as_json
+def targets(as_json: bool) -> None:
+    """List the GPUs that can be asked about; --json has the source of every figure.
 
     \b
     Example:
@@ -151,19 +168,20 @@ def targets(as_json: AsJson = False) -> None:
 
     if as_json:
         for target in TARGETS.values():
-            typer.echo(json.dumps(asdict(target)))
+            click.echo(json.dumps(asdict(target)))
         return
-    typer.echo(f"{'target':<9}{'LDS limit':>10}  {'warp':>4}  {'TB/s':>5}  peak TFLOP/s, chips")
+    click.echo(f"{'target':<9}{'LDS limit (bytes)':>18}  {'warp':>4}  {'TB/s':>5}  peak TFLOP/s")
     for target in TARGETS.values():
         peaks = ", ".join(f"{name} {peak:g}" for name, peak in target.peak_tflops.items())
-        typer.echo(
-            f"{target.name:<9}{target.lds_limit:>10,}  {target.warp_size:>4}  "
-            f"{target.bandwidth_tbps or '-':>5}  {peaks or '-'}; {', '.join(target.chips) or '-'}"
+        click.echo(
+            f"{target.name:<9}{target.lds_limit:>18,}  {target.warp_size:>4}  "
+            f"{target.bandwidth_tbps or '-':>5}  {peaks or '-':<38}  {', '.join(target.chips)}"
         )
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+@_as_json
+def doctor(as_json: bool) -> None:
     """Say what is installed, which GPU there is, and what will work.
 
     \b
@@ -173,7 +191,7 @@ def doctor(as_json: AsJson = False) -> None:
     from . import health
 
     found = health.examine()
-    typer.echo(json.dumps(found) if as_json else _lines(found))
+    click.echo(json.dumps(found) if as_json else _lines(found))
 
 
 def _lines(found: Mapping[str, Any], indent: str = "") -> str:
@@ -182,5 +200,6 @@ def _lines(found: Mapping[str, Any], indent: str = "") -> str:
         if isinstance(value, Mapping):
             lines += [f"{indent}{name}", _lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:<{24 - len(indent)}} {value}")
+            shown = "not installed" if value is None and indent else value
+            lines.append(f"{indent}{name:<{20 - len(indent)}} {shown}")
     return "\n".join(lines)

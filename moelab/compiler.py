@@ -209,6 +209,13 @@ class _Allocated(Exception):
         self.passes = passes
 
 
+def is_checked(target: Target) -> bool:
+    """Tell whether the installed Triton's lowering is known, so that `lds` is quick."""
+    from triton.compiler.compiler import make_backend
+
+    return lowering_fingerprint(make_backend(gpu_target(target))) in CHECKED_LOWERINGS
+
+
 def lowering_fingerprint(backend: Any) -> str:
     """Fingerprint the code of a backend's `make_llir`."""
     code = inspect.getsource(type(backend).make_llir)

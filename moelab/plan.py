@@ -6,6 +6,7 @@ Checked before anything runs: a wrong value is answered with the right ones.
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
 from collections.abc import Collection
 
@@ -35,12 +36,12 @@ def grid(
     """Expand a grid. Each argument takes a list, one value or comma-separated text.
 
     Args:
-        kernels, targets: by name.
+        kernels, targets: by name; ``all`` means every one.
         models: by name; None means the first that is served with each kernel, ``all``
             means every one that is.
-        layers: 1, 2 or both.
-        tp: tensor parallelism.
-        m: tokens before top-k.
+        layers: 1, 2 or ``all``.
+        tp: tensor parallelism; ``all`` means `problems.TENSOR_PARALLEL`.
+        m: tokens before top-k; ``all`` means `problems.TOKENS`.
         tiles: ``MxNxK``; None means the tile and warps that the published rules choose
             for each problem.
         warps: warps per workgroup, given together with ``tiles``.
@@ -52,15 +53,16 @@ def grid(
     kernel_names = _names("kernels", kernels, KERNELS)
     target_names = _names("targets", targets, TARGETS)
     served = models in (None, "", "all")
-    model_names = [] if served else _names("models", models, [*problems.MODELS, "all"])
+    model_names = [] if served else _names("models", models, problems.MODELS)
     given_tiles = _tilings(tiles, warps)
     shapes = itertools.product(
         _integers("layers", layers, problems.LAYERS),
-        _integers("tp", tp),
-        _integers("m", m),
+        _integers("tp", problems.TENSOR_PARALLEL if tp == "all" else tp),
+        _integers("m", problems.TOKENS if m == "all" else m),
     )
     stage_counts = _integers("stages", stages)
-    _names("async_copy", async_copy, ASYNC_COPY)
+    if async_copy not in ASYNC_COPY:
+        raise ParameterError(f"async_copy: {async_copy!r} is not one of {', '.join(ASYNC_COPY)}")
     configurations = []
     for kernel, (layer, shards, tokens) in itertools.product(kernel_names, shapes):
         for model in model_names or _served_with(kernel)[: None if models == "all" else 1]:
@@ -74,6 +76,9 @@ def grid(
                     for switch in _switches(async_copy, TARGETS[target])
                 ]
     return configurations
+
+
+PARAMETERS = tuple(inspect.signature(grid).parameters)
 
 
 def seed_tests(target: str = "gfx950") -> list[Configuration]:
@@ -131,6 +136,8 @@ def _tilings(tiles: object, warps: object) -> list[tuple[Tile, int]]:
 def _names(parameter: str, value: object, right: Collection[str]) -> list[str]:
     """Read names, each one of the right ones."""
     names = as_list(value)
+    if names == ["all"]:
+        return list(right)
     for name in names:
         if name not in right:
             near = difflib.get_close_matches(name, right, n=1, cutoff=0.5)
@@ -143,7 +150,7 @@ def _names(parameter: str, value: object, right: Collection[str]) -> list[str]:
 
 def _integers(parameter: str, value: object, right: Collection[int] = ()) -> list[int]:
     """Read positive integers, of the right ones where not any will do."""
-    numbers = as_list(value, int)
+    numbers = list(right) if right and value == "all" else as_list(value, int)
     wanted = f"one of {', '.join(map(str, right))}" if right else "1 or more"
     for number in numbers:
         if number < 1 or (right and number not in right):

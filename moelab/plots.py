@@ -40,13 +40,20 @@ def use_style() -> None:
     }
 
 
+def _subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
+    """Make a figure that a notebook shows once: as the value of its cell."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(*shape, **options)
+    plt.close(figure)
+    return figure, axes
+
+
 def lds_against_limit(rows: pd.DataFrame) -> Figure:
     """Draw each tile's LDS per stage count, async copy off and on, against the limit.
 
     The number in a marker is its stage count; hollow markers don't fit.
     """
-    import matplotlib.pyplot as plt
-
     compiled = tables.labelled(rows).dropna(subset=["lds_bytes"])
     tilings = ["kernel", "target", "tile", "num_warps"]
     worst = (
@@ -56,7 +63,7 @@ def lds_against_limit(rows: pd.DataFrame) -> Figure:
     )
     panels = list(worst.groupby(["kernel", "target"]))
     heights = [max(len(panel.groupby(["tile", "num_warps"])), 2) for _, panel in panels]
-    figure, axes = plt.subplots(
+    figure, axes = _subplots(
         len(panels),
         1,
         figsize=(9.5, sum(heights) * 2 * _ROW_INCHES + 1.1 * len(panels)),
@@ -128,11 +135,9 @@ def _draw_limit(axis: Axes, limit: int, right: int) -> None:
 
 def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
     """Draw from LDS with async copy off to LDS with it on, at one stage count."""
-    import matplotlib.pyplot as plt
-
     difference = tables.async_copy_difference(rows)
     difference = difference[difference["num_stages"] == num_stages].iloc[::-1]
-    figure, axis = plt.subplots(figsize=(9.5, max(len(difference), 3) * _ROW_INCHES + 1.2))
+    figure, axis = _subplots(figsize=(9.5, max(len(difference), 3) * _ROW_INCHES + 1.2))
     if difference.empty:
         axis.text(
             0.5,
@@ -154,7 +159,11 @@ def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
         axis.plot(off, y, "o", ms=9, color=BLUE)
         axis.plot(on, y, "o", ms=9, mec=ORANGE, mew=1.5, mfc=ORANGE if on <= limit else "white")
         axis.plot([limit, limit], [y - 0.45, y + 0.45], color=RED, lw=1.5)
-        axis.annotate(row.verdict, (on, y), (8, 0), textcoords="offset points", va="center")
+        # The box keeps the word readable where the limit's line passes behind it.
+        box = {"facecolor": "white", "lw": 0, "pad": 1}
+        axis.annotate(
+            row.verdict, (on, y), (9, 0), textcoords="offset points", va="center", bbox=box
+        )
     labels = [
         f"{row.kernel} {row.target}\n{row.tile}, {row.num_warps} warps"
         for row in difference.itertuples()

@@ -6,6 +6,7 @@ its row. A second run compiles only what no row of the store answers yet.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -51,7 +52,12 @@ def run(
         timeout_s: after this a compile is ended and its row says so.
     Returns:
         one row per configuration, in their order: `records.COLUMNS`.
+    Raises:
+        ValueError: fewer than one job.
+        OSError: the store can't be written to.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs = {jobs}; give 1 or more, or leave it out for every core")
     store = Path(store)
     mode = "full" if full else "lds"
     known = {records.key(row): row for row in records.journalled(store)}
@@ -60,7 +66,8 @@ def run(
     for index, question in enumerate(asked):
         if records.key(question) not in known:
             missing[question["compile_key"]].append(index)
-    with records.Journal(store) as journal, _bar(asked, missing, progress) as bar:
+    left = sum(map(len, missing.values()))
+    with records.Journal(store) as journal, _bar(len(asked), left, progress) as bar:
         # Another configuration's row may answer what compiles to the same code.
         answers = {
             (row["compile_key"], row["mode"]): _answer_of(row)
@@ -83,18 +90,26 @@ def run(
     return records.frame(known[records.key(question)] for question in asked)
 
 
-def _bar(asked: Sequence[Any], missing: dict[str, list[int]], progress: bool) -> Any:
+@contextlib.contextmanager
+def _bar(total: int, left: int, progress: bool) -> Iterator[Any]:
+    """Show what is left, on stderr; of a notebook's runner where it says which."""
     from tqdm import tqdm
 
-    left = sum(map(len, missing.values()))
-    return tqdm(
-        total=len(asked),
-        initial=len(asked) - left,
-        unit="config",
-        desc="compile",
-        disable=not (progress and left),
-        file=sys.stderr,
-    )
+    with contextlib.ExitStack() as stack:
+        stream = sys.stderr
+        with contextlib.suppress(KeyError, OSError):
+            stream = stack.enter_context(open(os.environ["MOELAB_PROGRESS"], "w"))
+        yield stack.enter_context(
+            tqdm(
+                total=total,
+                initial=total - left,
+                desc="compile",
+                unit="config",
+                leave=False,
+                disable=not (progress and left),
+                file=stream,
+            )
+        )
 
 
 def _question(configuration: Configuration, mode: str) -> dict[str, Any]:

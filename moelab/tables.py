@@ -12,6 +12,7 @@ from .specs import Tile
 
 if TYPE_CHECKING:
     import pandas as pd
+    from IPython.display import HTML
 
 # A tile with its warps, as one kernel on one target launches it.
 TILING = ["kernel", "target", "triton", "tile", "num_warps"]
@@ -27,6 +28,22 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
         tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"],
         **{ASYNC_COPY: words.astype("string")},
     )
+
+
+def shown(table: pd.DataFrame) -> HTML:
+    """Show a table in a notebook: what holds throughout above it, the rest with commas."""
+    from html import escape
+
+    from IPython.display import HTML
+
+    constant = [name for name in table if table[name].nunique(dropna=False) == 1]
+    if len(table) < 2 or len(constant) == table.shape[1]:
+        constant = []
+    throughout = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant)
+    lines = f"<p>Throughout: {escape(throughout)}.</p>" if throughout else ""
+    body = table.drop(columns=constant)
+    commas = dict.fromkeys(body.select_dtypes("number"), "{:,}".format)
+    return HTML(lines + body.to_html(index=False, border=0, na_rep="", formatters=commas))
 
 
 def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +107,7 @@ def async_copy_difference(rows: pd.DataFrame) -> pd.DataFrame:
         values="lds_bytes",
         aggfunc="max",
     )
-    pairs = pairs.reindex(columns=["off", "on"]).dropna().reset_index()
+    pairs = pairs.reindex(columns=["off", "on"]).dropna().rename_axis(columns=None).reset_index()
     limit = pairs.pop("lds_limit")
     fits = {(True, True): "fits", (True, False): "no longer fits", (False, True): "now fits"}
     verdict = [
