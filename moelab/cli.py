@@ -20,6 +20,13 @@ _READABLE_ROWS = 60
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
+def _parquet(_context: Any, _parameter: Any, path: Path | None) -> Path | None:
+    """Refuse an export's name before anything is compiled."""
+    if path is not None and path.suffix != ".parquet":
+        raise click.BadParameter(f"{path}: name it {path.with_suffix('.parquet')}")
+    return path
+
+
 @click.group(context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(__version__)
 def app() -> None:
@@ -38,7 +45,12 @@ def app() -> None:
 @click.option("--tp", default="1", help="Tensor parallelism; all: 1,2,4,8.")
 @click.option("--m", default="8704", help="Tokens before top-k; all: 512 to 15872.")
 @click.option("--full", is_flag=True, help="Compile to the end: registers, spills, occupancy.")
-@click.option("--export", type=click.Path(path_type=Path), help="Write the rows to a .parquet.")
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path),
+    callback=_parquet,
+    help="Write the rows to a .parquet.",
+)
 @click.option(
     "--store", default="rows", type=click.Path(path_type=Path), help="Folder where rows live."
 )

@@ -9,6 +9,7 @@ have not been checked, it compiles in full and says so.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -17,7 +18,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,17 +33,18 @@ _LAST_ALLOCATION = {
     "cuda": ("nvidia", "ttnvgpuir", "add_allocate_tensor_memory"),
 }
 
-# SHA-256 (12 digits) of the code of each `make_llir` after whose allocation pass nothing
-# changes what was allocated: `make versions` compares it with the full compile.
+# SHA-256 (12 digits) of the code of each backend's `make_ttir`, which must not look at
+# stages or async copy, and `make_llir`, which must not change what was allocated after its
+# last allocation pass. `make versions` holds each against the full compile.
 CHECKED_LOWERINGS = {
-    "3f41fa87d25f": "triton 3.6.0, hip",
-    "fbc9b399feb0": "triton 3.6.0, cuda",
-    "2781cb35e4d5": "triton 3.7.1, hip",
-    "202354a544a1": "triton 3.7.1, cuda",
-    "9c777ed0227a": "triton 3.8.0, hip",
-    "39181366a5b0": "triton 3.8.0, cuda",
-    "8b66f0e6f66d": "triton 3.9.0, hip",
-    "e805daa4fa2e": "triton 3.9.0, cuda",
+    "122c624de514": "triton 3.6.0, hip",
+    "bbcd761000cc": "triton 3.6.0, cuda",
+    "26cfbefb012e": "triton 3.7.1, hip",
+    "ca01439d139c": "triton 3.7.1, cuda",
+    "56ba86d4d0e2": "triton 3.8.0, hip",
+    "9fe3a121efd8": "triton 3.8.0, cuda",
+    "c9496d70276b": "triton 3.9.0, hip",
+    "01394945ab08": "triton 3.9.0, cuda",
 }
 
 # Tensor memory of an SM on sm_100, in columns (PTX ISA, tcgen05.alloc).
@@ -95,6 +97,7 @@ class Launch:
 
     Args:
         key: equal for launches that compile to the same code.
+        ttir_key: equal for launches that are the same until they are pipelined.
     """
 
     ast: Any
@@ -103,6 +106,7 @@ class Launch:
     target: Target
     async_copy: bool | None
     key: str
+    ttir_key: str
 
 
 def triton_version() -> str:
@@ -172,9 +176,21 @@ def specialize_source(
             backend, given, bound, specialization, excess
         )
     ast = ASTSource(source.fn, signature, constants, attributes)
-    identity = [triton_version(), target.name, ast.hash(), parsed.hash(), async_copy]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Launch(ast, parsed.__dict__, backend, target, async_copy, key)
+    unpipelined = dataclasses.replace(parsed, num_stages=1)
+    identity = [triton_version(), target.name, ast.hash()]
+    return Launch(
+        ast,
+        parsed.__dict__,
+        backend,
+        target,
+        async_copy,
+        key=_digest([*identity, parsed.hash(), async_copy]),
+        ttir_key=_digest([*identity, unpipelined.hash()]),
+    )
+
+
+def _digest(identity: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -188,8 +204,8 @@ def _binder(fn: Any, target: str) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _settings(launch: Launch) -> Iterator[None]:
-    """Apply the launch's compiler switches, and a cache that nobody else wrote to."""
+def settings(launch: Launch) -> Iterator[None]:
+    """Apply a launch's compiler switches, and a cache that nobody else wrote to."""
     from triton import knobs
 
     with contextlib.ExitStack() as stack:
@@ -213,12 +229,13 @@ def is_checked(target: Target) -> bool:
     """Tell whether the installed Triton's lowering is known, so that `lds` is quick."""
     from triton.compiler.compiler import make_backend
 
-    return lowering_fingerprint(make_backend(gpu_target(target))) in CHECKED_LOWERINGS
+    return lowering_fingerprint(type(make_backend(gpu_target(target)))) in CHECKED_LOWERINGS
 
 
-def lowering_fingerprint(backend: Any) -> str:
-    """Fingerprint the code of a backend's `make_llir`."""
-    code = inspect.getsource(type(backend).make_llir)
+@functools.cache
+def lowering_fingerprint(backend: type) -> str:
+    """Fingerprint the code of a backend class's `make_ttir` and `make_llir`."""
+    code = inspect.getsource(backend.make_ttir) + inspect.getsource(backend.make_llir)
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
@@ -228,9 +245,9 @@ def lds(launch: Launch) -> Allocation:
     Raises:
         CompileError: the compiler rejects the kernel.
     """
-    if lowering_fingerprint(launch.backend) not in CHECKED_LOWERINGS:
+    if lowering_fingerprint(type(launch.backend)) not in CHECKED_LOWERINGS:
         return full(launch)[0]
-    with _settings(launch), _compile_errors():
+    with settings(launch), _compile_errors():
         module = _allocate(launch)
     return Allocation(
         lds_bytes=module.get_int_attr("ttg.shared"),
@@ -248,17 +265,10 @@ def _allocate(launch: Launch) -> Any:
     context = ir.context()
     ir.load_dialects(context)
     launch.backend.load_dialects(context)
-    module = launch.ast.make_ir(
-        gpu_target(launch.target),
-        options,
-        launch.backend.get_codegen_implementation(options),
-        launch.backend.get_module_map(),
-        context,
-    )
     stages: dict[str, Any] = {}
     launch.backend.add_stages(stages, options, Language.TRITON)
     metadata = dict(options.__dict__)
-    module = stages["ttir"](module, metadata)
+    module = _ttir(launch, options, stages["ttir"], metadata, context)
     module = stages["ttgir"](module, metadata)
     with _leave_after_allocation(launch.target.backend):
         try:
@@ -267,6 +277,38 @@ def _allocate(launch: Launch) -> Any:
             left.passes.run(module, "allocate")
             return module
     raise AssertionError("make_llir never allocated, though its code was checked")
+
+
+# Stage counts and async copy part ways only after TTIR: a sweep asks for each TTIR
+# several times in a row. Python makes it in a fifth of the probe's time.
+_TTIR: dict[str, str] = {}
+_TTIR_KEPT = 32
+
+
+def _ttir(launch: Launch, options: Any, make_ttir: Any, metadata: dict[str, Any], context: Any):
+    """Make a launch's TTIR, or read it back as Triton does from a ``.ttir`` file."""
+    from triton._C.libtriton import ir
+
+    if launch.ttir_key in _TTIR:
+        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+            file.write(_TTIR[launch.ttir_key])
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        # Else Python frees the context while the module lives.
+        module.context = context
+        return module
+    module = launch.ast.make_ir(
+        gpu_target(launch.target),
+        options,
+        launch.backend.get_codegen_implementation(options),
+        launch.backend.get_module_map(),
+        context,
+    )
+    module = make_ttir(module, metadata)
+    if len(_TTIR) >= _TTIR_KEPT:
+        _TTIR.pop(next(iter(_TTIR)))
+    _TTIR[launch.ttir_key] = str(module)
+    return module
 
 
 @contextlib.contextmanager
@@ -296,7 +338,7 @@ def full(launch: Launch) -> tuple[Allocation, Resources]:
     """
     import triton
 
-    with _settings(launch), _compile_errors():
+    with settings(launch), _compile_errors():
         compiled = triton.compile(
             launch.ast, target=gpu_target(launch.target), options=dict(launch.options)
         )

@@ -127,15 +127,23 @@ def _tilings(tiles: object, warps: object) -> list[tuple[Tile, int]]:
             "tiles 128x256x256 and warps 4,8, or neither to take the published rules' choice"
         )
     try:
-        parsed = [Tile.parse(text) for text in as_list(tiles)]
+        parsed = [Tile.parse(text) for text in _list("tiles", tiles, str)]
     except ValueError as error:
         raise ParameterError(str(error)) from None
-    return list(itertools.product(parsed, _integers("warps", warps, WARPS)))
+    return list(itertools.product(dict.fromkeys(parsed), _integers("warps", warps, WARPS)))
+
+
+def _list(parameter: str, value: object, kind: type) -> list:
+    """Read a list; an element of the wrong kind is answered with the parameter's name."""
+    try:
+        return as_list(value, kind)
+    except ParameterError as error:
+        raise ParameterError(f"{parameter}: {error}") from None
 
 
 def _names(parameter: str, value: object, right: Collection[str]) -> list[str]:
     """Read names, each one of the right ones."""
-    names = as_list(value)
+    names = _list(parameter, value, str)
     if names == ["all"]:
         return list(right)
     for name in names:
@@ -150,7 +158,7 @@ def _names(parameter: str, value: object, right: Collection[str]) -> list[str]:
 
 def _integers(parameter: str, value: object, right: Collection[int] = ()) -> list[int]:
     """Read positive integers, of the right ones where not any will do."""
-    numbers = list(right) if right and value == "all" else as_list(value, int)
+    numbers = list(right) if right and value == "all" else _list(parameter, value, int)
     wanted = f"one of {', '.join(map(str, right))}" if right else "1 or more"
     for number in numbers:
         if number < 1 or (right and number not in right):

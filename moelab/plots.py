@@ -49,6 +49,14 @@ def _subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def _empty(why: str) -> Figure:
+    """Say in a figure's place why there is none."""
+    figure, axis = _subplots(figsize=(9.5, 3 * _ROW_INCHES + 1.2))
+    axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
+    axis.set_axis_off()
+    return figure
+
+
 def lds_against_limit(rows: pd.DataFrame) -> Figure:
     """Draw each tile's LDS per stage count, async copy off and on, against the limit.
 
@@ -61,6 +69,8 @@ def lds_against_limit(rows: pd.DataFrame) -> Figure:
         .max()
         .reset_index()
     )
+    if worst.empty:
+        return _empty("no row whose LDS is known")
     panels = list(worst.groupby(["kernel", "target"]))
     heights = [max(len(panel.groupby(["tile", "num_warps"])), 2) for _, panel in panels]
     figure, axes = _subplots(
@@ -137,17 +147,9 @@ def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
     """Draw from LDS with async copy off to LDS with it on, at one stage count."""
     difference = tables.async_copy_difference(rows)
     difference = difference[difference["num_stages"] == num_stages].iloc[::-1]
-    figure, axis = _subplots(figsize=(9.5, max(len(difference), 3) * _ROW_INCHES + 1.2))
     if difference.empty:
-        axis.text(
-            0.5,
-            0.5,
-            f"no row with {num_stages} stages and both settings of async copy",
-            ha="center",
-            transform=axis.transAxes,
-        )
-        axis.set_axis_off()
-        return figure
+        return _empty(f"no row with {num_stages} stages and both settings of async copy")
+    figure, axis = _subplots(figsize=(9.5, max(len(difference), 3) * _ROW_INCHES + 1.2))
     ends: Any = difference[["off (bytes)", "on (bytes)", "limit (bytes)"]] / KIB
     for y, (row, end) in enumerate(
         zip(difference.itertuples(), ends.itertuples(index=False), strict=True)

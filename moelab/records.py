@@ -132,12 +132,13 @@ def journalled(store: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 row = json.loads(line)
-            except ValueError:
+                schema = row.get("schema", 0)
+            except (ValueError, AttributeError):
                 warnings.warn(f"{path}:{number} is not a row; left out", stacklevel=2)
                 continue
-            if row.get("schema", 0) > SCHEMA_VERSION:
+            if schema > SCHEMA_VERSION:
                 raise ValueError(
-                    f"{path}:{number} has schema {row['schema']}; this moelab reads up to "
+                    f"{path}:{number} has schema {schema}; this moelab reads up to "
                     f"{SCHEMA_VERSION}: upgrade moelab, or choose another store"
                 )
             yield row
@@ -152,7 +153,7 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def read(path: Path | str) -> pd.DataFrame:
-    """Read rows back: a store's folder, a journal or a Parquet file.
+    """Read rows back: a store's folder or a Parquet file.
 
     Of rows with the same key the last stays.
 

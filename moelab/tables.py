@@ -5,7 +5,7 @@ Frames in, frames out; no compiler, no GPU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import problems
 from .specs import Tile
@@ -42,8 +42,15 @@ def shown(table: pd.DataFrame) -> HTML:
     throughout = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant)
     lines = f"<p>Throughout: {escape(throughout)}.</p>" if throughout else ""
     body = table.drop(columns=constant)
-    commas = dict.fromkeys(body.select_dtypes("number"), "{:,}".format)
+    # A formatter is given missing figures too: pandas applies na_rep to the others only.
+    commas = dict.fromkeys(body.select_dtypes("number"), _with_commas)
     return HTML(lines + body.to_html(index=False, border=0, na_rep="", formatters=commas))
+
+
+def _with_commas(number: Any) -> str:
+    import pandas as pd
+
+    return "" if pd.isna(number) else f"{number:,}"
 
 
 def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,10 +181,11 @@ def _verdict(status: pd.Series) -> str:
     """Say whether a test passes, from the status of each of its launches."""
     if status.empty:
         return "not compiled here"
-    failed = int((status != "ok").sum())
-    if not failed:
+    failed = status[status != "ok"]
+    if failed.empty:
         return f"passes ({len(status)} launches)"
-    return f"FAILS ({failed} of {len(status)} launches out of LDS)"
+    why = ", ".join("out of LDS" if name == "out_of_lds" else name for name in failed.unique())
+    return f"FAILS ({len(failed)} of {len(status)} launches {why})"
 
 
 def conclusion(rows: pd.DataFrame) -> str:
@@ -199,7 +207,8 @@ def conclusion(rows: pd.DataFrame) -> str:
                 f"{worst['limit (bytes)']:,} bytes."
             )
     best = largest_stages(rows)
-    best = best[best[ASYNC_COPY] != "off"]
+    switches = best.groupby(["kernel", "target"])[ASYNC_COPY].transform("nunique")
+    best = best[(best[ASYNC_COPY] != "off") | (switches == 1)]
     for (kernel, target), tiles in best.groupby(["kernel", "target"]):
         deepest = "largest stage count that fits"
         listed = [

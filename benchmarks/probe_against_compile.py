@@ -1,0 +1,99 @@
+"""Is the probe's LDS what the full compile reports, and how much sooner is it there?
+
+Both answer every configuration of a mixed grid, one after the other in this process,
+in random order and with cold caches. Exits 1 if any byte count differs.
+"""
+
+import argparse
+import itertools
+import random
+import sys
+import time
+import warnings
+
+import triton
+
+from moelab import compiler, plan
+from moelab.parameters import as_list
+from moelab.specs import Configuration
+
+# Tiles with their warps that launch on every target here.
+TILES = {
+    "moe_gemm_a8w8": (("16x64x256", 4), ("64x128x128", 4), ("128x256x128", 8)),
+    "moe_gemm_a8w4": (("16x128x256", 4), ("64x128x128", 4), ("128x256x128", 8)),
+}
+
+
+def configurations(targets: list[str], stages: list[int]) -> list[Configuration]:
+    """Every kernel, tile and stage count, layers in turn; async copy on and off."""
+    found = []
+    for (kernel, tiles), target in itertools.product(TILES.items(), targets):
+        for layer, (tile, warps) in zip(itertools.cycle((1, 2)), tiles):
+            found += plan.grid(
+                kernels=kernel,
+                targets=target,
+                layers=layer,
+                tiles=tile,
+                warps=warps,
+                stages=stages,
+                async_copy="both" if target == "gfx950" else "default",
+            )
+    return found
+
+
+def compile_lds(launch: compiler.Launch) -> int:
+    """Do what a user without moelab would do, in a cache of its own."""
+    with compiler.settings(launch):
+        compiled = triton.compile(
+            launch.ast, target=compiler.gpu_target(launch.target), options=dict(launch.options)
+        )
+    return compiled.metadata.shared
+
+
+def timed(ask, launch) -> tuple[float, object]:
+    start = time.perf_counter()
+    answer = ask(launch)
+    return time.perf_counter() - start, answer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", default="gfx950,gfx942,sm_90")
+    parser.add_argument("--stages", default="1,2,3,4")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    grid = configurations(as_list(given.targets), as_list(given.stages, int))
+    random.Random(given.seed).shuffle(grid)
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    for ask in (compiler.lds, compile_lds):
+        # The first compile for a backend loads what all others share.
+        for target in ("gfx950", "sm_90"):
+            ask(compiler.specialize(configurations([target], [1])[0]))
+    seconds = {"probe": 0.0, "compile": 0.0}
+    methods, different = set(), []
+    for index, configuration in enumerate(grid):
+        launch = compiler.specialize(configuration)
+        asked = [("probe", compiler.lds), ("compile", compile_lds)]
+        answers = {}
+        for name, ask in asked if index % 2 else reversed(asked):
+            spent, answers[name] = timed(ask, launch)
+            seconds[name] += spent
+        methods.add(answers["probe"].method)
+        if answers["probe"].lds_bytes != answers["compile"]:
+            different.append((configuration, answers))
+        if sys.stderr.isatty():
+            print(f"\r{index + 1} of {len(grid)}", end="", file=sys.stderr)
+    for configuration, answers in different:
+        print(f"DIFFERENT: {configuration}: {answers}")
+    print(
+        f"Triton {triton.__version__}, targets {given.targets}, stages {given.stages}: "
+        f"{len(grid) - len(different)} of {len(grid)} byte counts equal; "
+        f"probe {seconds['probe']:.1f} s ({', '.join(methods)}), "
+        f"triton.compile {seconds['compile']:.1f} s: "
+        f"{seconds['compile'] / seconds['probe']:.1f} times faster"
+    )
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
