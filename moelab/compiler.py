@@ -227,14 +227,15 @@ class _Allocated(Exception):
 
 def is_checked(target: Target) -> bool:
     """Tell whether the installed Triton's lowering is known, so that `lds` is quick."""
-    from triton.compiler.compiler import make_backend
-
-    return lowering_fingerprint(type(make_backend(gpu_target(target)))) in CHECKED_LOWERINGS
+    return _fingerprint(target.name) in CHECKED_LOWERINGS
 
 
 @functools.cache
-def lowering_fingerprint(backend: type) -> str:
-    """Fingerprint the code of a backend class's `make_ttir` and `make_llir`."""
+def _fingerprint(target: str) -> str:
+    """Fingerprint the code of a target's backend's `make_ttir` and `make_llir`."""
+    from triton.compiler.compiler import make_backend
+
+    backend = make_backend(gpu_target(targets.get(target)))
     code = inspect.getsource(backend.make_ttir) + inspect.getsource(backend.make_llir)
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
@@ -245,7 +246,7 @@ def lds(launch: Launch) -> Allocation:
     Raises:
         CompileError: the compiler rejects the kernel.
     """
-    if lowering_fingerprint(type(launch.backend)) not in CHECKED_LOWERINGS:
+    if not is_checked(launch.target):
         return full(launch)[0]
     with settings(launch), _compile_errors():
         module = _allocate(launch)
@@ -285,7 +286,9 @@ _TTIR: dict[str, str] = {}
 _TTIR_KEPT = 32
 
 
-def _ttir(launch: Launch, options: Any, make_ttir: Any, metadata: dict[str, Any], context: Any):
+def _ttir(
+    launch: Launch, options: Any, make_ttir: Any, metadata: dict[str, Any], context: Any
+) -> Any:
     """Make a launch's TTIR, or read it back as Triton does from a ``.ttir`` file."""
     from triton._C.libtriton import ir
 

@@ -31,7 +31,7 @@ class _ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
-    async def start_kernel(self, **kwargs: Any) -> None:
+    async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
         # A progress bar belongs on this process's stderr, not in the notebook.
         # ipykernel copies what compiled libraries print into the notebook, and
         # lets it through to our stdout too. In a file it can outlive a crash,

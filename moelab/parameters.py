@@ -110,15 +110,16 @@ def assignments(source: str) -> dict[str, Parameter]:
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, kind = node.targets[0].id, ""
+            name, kind, value = node.targets[0].id, "", node.value
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-            name, kind = node.target.id, ast.unparse(node.annotation)
+            name, kind, value = node.target.id, ast.unparse(node.annotation), node.value
         else:
             continue
-        if not kind and isinstance(node.value, ast.Constant):
-            kind = type(node.value.value).__name__
-        default = ast.get_source_segment(source, node.value) or ""
-        found[name] = Parameter(name, kind or "any", default, comments.get(node.end_lineno, ""))
+        if not kind and isinstance(value, ast.Constant):
+            kind = type(value.value).__name__
+        default = ast.get_source_segment(source, value) or ""
+        comment = comments.get(node.end_lineno or node.lineno, "")
+        found[name] = Parameter(name, kind or "any", default, comment)
     return found
 
 

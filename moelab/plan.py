@@ -114,7 +114,8 @@ def _switches(async_copy: str, target: Target) -> list[bool | None]:
         return [None]
     if async_copy == "default":
         return [compiler.default_async_copy(target)]
-    return {"on": [True], "off": [False], "both": [False, True]}[async_copy]
+    switches: dict[str, list[bool | None]] = {"on": [True], "off": [False], "both": [False, True]}
+    return switches[async_copy]
 
 
 def _tilings(tiles: object, warps: object) -> list[tuple[Tile, int]]:

@@ -200,10 +200,9 @@ def _compile_all(
                     _compile_one, args=[configuration, full, log], timeout=timeout_s
                 )
                 keys[future] = key
-            for future in as_completed(keys):
-                key = keys[future]
-                found = _outcome(future, configurations[key], Path(logs) / key, timeout_s)
-                yield key, found
+            for done in as_completed(keys):
+                key = keys[done]
+                yield key, _outcome(done, configurations[key], Path(logs) / key, timeout_s)
             pool.close()
         finally:
             # Whatever ended the loop: no worker compiles on for nobody.

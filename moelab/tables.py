@@ -42,15 +42,14 @@ def shown(table: pd.DataFrame) -> HTML:
     throughout = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant)
     lines = f"<p>Throughout: {escape(throughout)}.</p>" if throughout else ""
     body = table.drop(columns=constant)
-    # A formatter is given missing figures too: pandas applies na_rep to the others only.
     commas = dict.fromkeys(body.select_dtypes("number"), _with_commas)
-    return HTML(lines + body.to_html(index=False, border=0, na_rep="", formatters=commas))
+    # pandas prints <NA> of nullable types whatever `na_rep` says.
+    body = body.astype(object).where(body.notna(), "")
+    return HTML(lines + body.to_html(index=False, border=0, formatters=commas))
 
 
 def _with_commas(number: Any) -> str:
-    import pandas as pd
-
-    return "" if pd.isna(number) else f"{number:,}"
+    return number if number == "" else f"{number:,}"
 
 
 def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:

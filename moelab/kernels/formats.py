@@ -30,8 +30,15 @@ def quantize_fp8(x: Tensor, to: dtype) -> tuple[Tensor, Tensor]:
     import torch
 
     largest = torch.finfo(to).max
-    scale = (x.abs().amax().float() / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    # amax of nothing raises; no tokens are a batch like any other.
+    magnitude = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    scale = (magnitude / largest).clamp(min=torch.finfo(torch.float32).tiny)
     return (x.float() / scale).clamp(-largest, largest).to(to), scale.reshape(1)
+
+
+def mx_groups(k: int) -> int:
+    """Count the scales that k elements share, the last group perhaps in part."""
+    return -(-k // MX_GROUP)
 
 
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,17 +49,15 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     nearest, ties to even, and saturate.
 
     Args:
-        x: ``[..., k]`` float, k a multiple of 32.
+        x: ``[..., k]`` float. Where k ends within a group or a byte, zeros fill it.
     Returns:
-        packed ``[..., k // 2]`` uint8 and e8m0 scales ``[..., k // 32]`` uint8.
-    Raises:
-        ValueError: k is not a multiple of 32.
+        packed ``[..., ceil(k / 2)]`` uint8 and e8m0 scales ``[..., ceil(k / 32)]`` uint8.
     """
     import torch
 
-    if x.shape[-1] % MX_GROUP:
-        raise ValueError(f"last dimension is {x.shape[-1]}; mxfp4 needs a multiple of {MX_GROUP}")
-    groups = x.float().unflatten(-1, (-1, MX_GROUP))
+    k = x.shape[-1]
+    x = torch.nn.functional.pad(x.float(), (0, mx_groups(k) * MX_GROUP - k))
+    groups = x.unflatten(-1, (-1, MX_GROUP))
     largest = groups.abs().amax(-1)
     # frexp gives mantissas in [0.5, 1): the power of two not above is exponent - 1.
     exponent = torch.frexp(largest).exponent - 1 - _E2M1_MAX_EXPONENT
@@ -67,22 +72,22 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     code = (code + tie.to(code.dtype)).clamp(max=len(_E2M1) - 1)
     code = (code | (scaled.signbit().to(code.dtype) << 3)).flatten(-2).to(torch.uint8)
     packed = code[..., 0::2] | (code[..., 1::2] << 4)
-    return packed, (exponent + _E8M0_BIAS).to(torch.uint8)
+    return packed[..., : -(-k // 2)].contiguous(), (exponent + _E8M0_BIAS).to(torch.uint8)
 
 
-def dequantize_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
+def dequantize_mxfp4(packed: Tensor, scale: Tensor, k: int) -> Tensor:
     """Read mxfp4 back, exactly.
 
     Args:
-        packed: ``[..., k // 2]`` uint8.
-        scale: ``[..., k // 32]`` uint8, e8m0.
+        packed: ``[..., ceil(k / 2)]`` uint8.
+        scale: ``[..., ceil(k / 32)]`` uint8, e8m0.
     Returns:
         ``[..., k]`` fp32.
     """
     import torch
 
-    code = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).long()
+    code = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :k].long()
     values = torch.tensor(_E2M1, device=packed.device)
     element = torch.where(code >= 8, -values[code % 8], values[code % 8])
-    exponent = scale.int() - _E8M0_BIAS
-    return torch.ldexp(element.unflatten(-1, (-1, MX_GROUP)), exponent[..., None]).flatten(-2)
+    exponent = (scale.int() - _E8M0_BIAS).repeat_interleave(MX_GROUP, dim=-1)[..., :k]
+    return torch.ldexp(element, exponent)

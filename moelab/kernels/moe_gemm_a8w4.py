@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from .epilogue import SwiGLU, finish, finish_reference
-from .formats import MX_GROUP, dequantize_mxfp4
+from .formats import dequantize_mxfp4, mx_groups
 from .launch import describe, expect, launch
 from .routing import Routing, expert_tile, per_expert
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 def _moe_gemm_a8w4_kernel(
     y_ptr,  # [rows, n_out] bf16
     x_ptr,  # [tokens, k] fp8 if gathered, else [rows, k]
-    w_ptr,  # [experts, n, k // 2] uint8, two e2m1 each
+    w_ptr,  # [experts, n, ceil(k / 2)] uint8, two e2m1 each
     x_scale_ptr,  # [1] fp32
-    w_scale_ptr,  # [experts, n, k // 32] uint8, e8m0
+    w_scale_ptr,  # [experts, n, ceil(k / 32)] uint8, e8m0
     bias_ptr,  # [experts, n] fp32 or None
     weight_ptr,  # [rows] fp32 routing weights or None
     row_index_ptr,  # [rows] int32 token * top_k + slot, or None: x is in expert order
@@ -69,8 +69,8 @@ def _moe_gemm_a8w4_kernel(
     offs_group = tl.arange(0, BLOCK_K // 32)
     # Weights of all experts together can exceed 2^31 elements; one expert's do not.
     expert = expert.to(tl.int64)
-    pairs = k // 2
-    groups = k // 32
+    pairs = tl.cdiv(k, 2)
+    groups = tl.cdiv(k, 32)
     x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
     w_ptrs = w_ptr + expert * n * pairs + offs_n[None, :] * pairs + offs_pair[:, None]
     w_scale_ptrs = (
@@ -85,10 +85,10 @@ def _moe_gemm_a8w4_kernel(
         else:
             left = k - start_k
             x = tl.load(x_ptrs, mask=(offs_k < left)[None, :], other=0.0)
-            w = tl.load(
-                w_ptrs, mask=(offs_pair < left // 2)[:, None], other=0, cache_modifier=W_CACHE
-            )
-            w_scale = tl.load(w_scale_ptrs, mask=(offs_group < left // 32)[None, :], other=0)
+            in_pairs = offs_pair < tl.cdiv(left, 2)
+            w = tl.load(w_ptrs, mask=in_pairs[:, None], other=0, cache_modifier=W_CACHE)
+            in_groups = offs_group < tl.cdiv(left, 32)
+            w_scale = tl.load(w_scale_ptrs, mask=in_groups[None, :], other=0)
         acc = tl.dot_scaled(x, None, "e4m3", w, w_scale, "e2m1", acc=acc, fast_math=True)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K // 2
@@ -121,10 +121,10 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         target,
         # dot_scaled takes OCP e4m3 alone, also where the matrix units have another kind.
         x_dtype="fp8e4nv",
-        w=TensorSpec((problem.experts, problem.n, problem.k // 2), "u8"),
+        w=TensorSpec((problem.experts, problem.n, -(-problem.k // 2)), "u8"),
         scales={
             "x_scale_ptr": TensorSpec((1,), "fp32"),
-            "w_scale_ptr": TensorSpec((problem.experts, problem.n, problem.k // MX_GROUP), "u8"),
+            "w_scale_ptr": TensorSpec((problem.experts, problem.n, mx_groups(problem.k)), "u8"),
         },
     )
 
@@ -149,11 +149,10 @@ def moe_gemm_a8w4(
     """Multiply each expert's rows by its weight.
 
     Args:
-        x: ``[tokens, k]`` OCP fp8 e4m3 if ``gather``, else ``[rows, k]`` in expert
-            order; k a multiple of 32.
-        w: ``[experts, n, k // 2]`` uint8, packed along K as `formats.quantize_mxfp4` does.
+        x: ``[tokens, k]`` OCP fp8 e4m3 if ``gather``, else ``[rows, k]`` in expert order.
+        w: ``[experts, n, ceil(k / 2)]`` uint8, as `formats.quantize_mxfp4` packs it.
         x_scale: ``[1]`` fp32.
-        w_scale: ``[experts, n, k // 32]`` uint8, e8m0.
+        w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0.
         routing: with ``block_m`` of ``tile``.
         bias: ``[experts, n]`` fp32.
         weighted: multiply each row by its routing weight.
@@ -168,13 +167,11 @@ def moe_gemm_a8w4(
     """
     import torch
 
-    expect("w", w, (None, None, None), (torch.uint8,), of=w)
-    experts, n, pairs = w.shape
-    k = 2 * pairs
-    if k % MX_GROUP:
-        raise ValueError(f"w has k = {k}; mxfp4 needs a multiple of {MX_GROUP}")
+    expect("w", w, (None, None, -(-x.shape[-1] // 2)), (torch.uint8,), of=w)
+    experts, n, _ = w.shape
+    k = x.shape[-1]
     expect("x_scale", x_scale, (1,), (torch.float32,), of=w)
-    expect("w_scale", w_scale, (experts, n, k // MX_GROUP), (torch.uint8,), of=w)
+    expect("w_scale", w_scale, (experts, n, mx_groups(k)), (torch.uint8,), of=w)
     return launch(
         _moe_gemm_a8w4_kernel,
         x,
@@ -202,7 +199,7 @@ def cost(problem: Problem) -> Cost:
         flops=2 * problem.rows * problem.n * problem.k,
         bytes=(
             (problem.m if problem.gather else problem.rows) * problem.k
-            + weights * problem.n * (problem.k // 2 + problem.k // MX_GROUP)
+            + weights * problem.n * (-(-problem.k // 2) + mx_groups(problem.k))
             + problem.rows * problem.n_out * 2
         ),
     )
@@ -226,7 +223,7 @@ def reference(
     """
     return per_expert(
         x.double() * x_scale.double(),
-        dequantize_mxfp4(w, w_scale).double(),
+        dequantize_mxfp4(w, w_scale, x.shape[-1]).double(),
         routing,
         gather=gather,
         finish=lambda acc, expert, rows: finish_reference(

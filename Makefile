@@ -1,0 +1,52 @@
+# make report and make test do all set-up; the other targets build on the same .venv.
+PYTHON ?= python3
+# A CPU build where the index has one: nothing here needs CUDA. Empty takes the newest.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+BIN := .venv/bin
+
+.PHONY: report test test-all bench versions check env clean
+.DEFAULT_GOAL := report
+
+env: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH) $(TRITON) --editable . --group dev
+	touch $@
+
+report: env
+	$(BIN)/moelab report 01_stage_sweep
+
+# The interpreter replaces the compiler when kernels are imported, so it needs a run of its own.
+test: env
+	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests/kernels
+
+test-all: env
+	$(BIN)/python -m pytest -n 2 --ignore tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
+	$(MAKE) versions
+
+bench: env
+	$(BIN)/python benchmarks/probe_against_compile.py
+
+# The probe against the full compile, with every Triton that it knows.
+versions: env $(VERSIONS:%=.venv/triton/%)
+	for version in $(VERSIONS); do \
+	    PYTHONPATH=.venv/triton/$$version $(BIN)/python benchmarks/probe_against_compile.py || exit 1; \
+	done
+
+.venv/triton/%:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+
+clean:
+	rm -rf .venv rows reports/*.html reports/*.ipynb
