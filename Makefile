@@ -36,7 +36,8 @@ bench: env
 # The probe against the full compile, with every Triton that it knows.
 versions: env $(VERSIONS:%=.venv/triton/%)
 	for version in $(VERSIONS); do \
-	    PYTHONPATH=.venv/triton/$$version $(BIN)/python benchmarks/probe_against_compile.py || exit 1; \
+	    PYTHONPATH=.venv/triton/$$version $(BIN)/python benchmarks/probe_against_compile.py \
+	        --async-copy both || exit 1; \
 	done
 
 .venv/triton/%:

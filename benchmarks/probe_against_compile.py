@@ -26,7 +26,9 @@ AMD_TILES = {
 NVIDIA_TILES = (("16x128x128", 4), ("64x128x128", 4), ("128x256x128", 8))
 
 
-def configurations(targets: list[str], stages: list[int]) -> list[Configuration]:
+def configurations(
+    targets: list[str], stages: list[int], async_copy: str = "default"
+) -> list[Configuration]:
     """Every kernel, tile and stage count of each target; layers in turn."""
     found = []
     for kernel, target in itertools.product(AMD_TILES, targets):
@@ -39,8 +41,7 @@ def configurations(targets: list[str], stages: list[int]) -> list[Configuration]
                 tiles=tile,
                 warps=warps,
                 stages=stages,
-                # Triton compiles it for gfx950 either way; on is the case in question.
-                async_copy="on" if target == "gfx950" else "default",
+                async_copy=async_copy,
             )
     return found
 
@@ -64,9 +65,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default="gfx950,gfx942,sm_90")
     parser.add_argument("--stages", default="1,2,3,4")
+    parser.add_argument("--async-copy", choices=plan.ASYNC_COPY, default="default")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    grid = configurations(as_list(given.targets), as_list(given.stages, int))
+    grid = configurations(as_list(given.targets), as_list(given.stages, int), given.async_copy)
     random.Random(given.seed).shuffle(grid)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     for ask in (compiler.lds, compile_lds):
@@ -90,7 +92,8 @@ def main() -> int:
     for configuration, answers in different:
         print(f"DIFFERENT: {configuration}: {answers}")
     print(
-        f"Triton {triton.__version__}, targets {given.targets}, stages {given.stages}: "
+        f"Triton {triton.__version__}, targets {given.targets}, stages {given.stages}, "
+        f"async copy {given.async_copy}: "
         f"{len(grid) - len(different)} of {len(grid)} byte counts equal; "
         f"probe {seconds['probe']:.1f} s ({', '.join(methods)}), "
         f"triton.compile {seconds['compile']:.1f} s: "

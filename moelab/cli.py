@@ -124,6 +124,8 @@ def _show(rows: pd.DataFrame) -> None:
         answer = ["lds_bytes", "lds_limit", "status", "registers", "spilled_registers"]
         table = rows[[*shown, *varying, *answer]].dropna(axis="columns", how="all")
         click.echo(table.to_string(index=False, na_rep="-"))
+    if (rows["mode"] != rows["method"].replace("allocation", "lds")).any():
+        click.echo("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
     for reason in rows.loc[rows["status"] == "compile_error", "reason"].unique()[:3]:
         click.echo(f"\n{reason}", err=True)
 

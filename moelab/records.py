@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -97,7 +98,9 @@ class Journal:
             OSError: the folder can't be made or written to.
         """
         store.mkdir(parents=True, exist_ok=True)
-        self.path = store / f"rows-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        # Names in order of time: readers let the last row of a key win.
+        name = f"rows-{time.time_ns()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self.path = store / name
         self._file: int | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ MX_GROUP = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_MAX_EXPONENT = 2
 _E8M0_BIAS = 127
+_E8M0_NAN = 255
 
 
 def quantize_fp8(x: Tensor, to: dtype) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     code = torch.bucketize(magnitude, middles)
     # A tie lies on a middle: bucketize rounds it down, which is right for even codes only.
     tie = (magnitude == middles[code.clamp(max=len(_E2M1) - 2)]) & (code % 2 == 1)
-    code = (code + tie.to(code.dtype)).clamp(max=len(_E2M1) - 1)
+    code = code + tie.to(code.dtype)
     code = (code | (scaled.signbit().to(code.dtype) << 3)).flatten(-2).to(torch.uint8)
     packed = code[..., 0::2] | (code[..., 1::2] << 4)
     return packed[..., : -(-k // 2)].contiguous(), (exponent + _E8M0_BIAS).to(torch.uint8)
@@ -80,7 +81,7 @@ def dequantize_mxfp4(packed: Tensor, scale: Tensor, k: int) -> Tensor:
 
     Args:
         packed: ``[..., ceil(k / 2)]`` uint8.
-        scale: ``[..., ceil(k / 32)]`` uint8, e8m0.
+        scale: ``[..., ceil(k / 32)]`` uint8, e8m0; 255 is NaN, and so is its group.
     Returns:
         ``[..., k]`` fp32.
     """
@@ -89,5 +90,6 @@ def dequantize_mxfp4(packed: Tensor, scale: Tensor, k: int) -> Tensor:
     code = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :k].long()
     values = torch.tensor(_E2M1, device=packed.device)
     element = torch.where(code >= 8, -values[code % 8], values[code % 8])
-    exponent = (scale.int() - _E8M0_BIAS).repeat_interleave(MX_GROUP, dim=-1)[..., :k]
-    return torch.ldexp(element, exponent)
+    of_element = scale.repeat_interleave(MX_GROUP, dim=-1)[..., :k]
+    scaled = torch.ldexp(element, of_element.int() - _E8M0_BIAS)
+    return scaled.masked_fill(of_element == _E8M0_NAN, float("nan"))

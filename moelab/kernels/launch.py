@@ -134,7 +134,10 @@ def launch(
     expect("x", x, (rows // routing.top_k if gather else rows, k), x_dtypes, of=w)
     if bias is not None:
         expect("bias", bias, (experts, n), (torch.float32,), of=w)
-    expect("routing.expert_end", routing.expert_end, (experts,), (torch.int32,), of=w)
+    tiles = routing.tile_expert.numel()
+    sizes = {"row_index": rows, "expert_end": experts, "tile_count": 1, "tile_row": tiles}
+    for name, size in sizes.items():
+        expect(f"routing.{name}", getattr(routing, name), (size,), (torch.int32,), of=w)
     if routing.block_m != tile.block_m:
         raise ValueError(
             f"tile {tile} has block_m = {tile.block_m}, but the routing was laid out for "
@@ -142,10 +145,12 @@ def launch(
         )
     if swiglu is not None and n % 2:
         raise ValueError(f"w has n = {n}; SwiGLU pairs columns and needs n even")
+    if out_dtype not in (None, torch.bfloat16, torch.float32):
+        raise ValueError(f"out_dtype is {out_dtype}; expected torch.bfloat16 or torch.float32")
     n_out = n // 2 if swiglu else n
     y = torch.empty((rows, n_out), dtype=out_dtype or torch.bfloat16, device=w.device)
     if rows:
-        grid = (routing.tile_expert.numel() * triton.cdiv(n, tile.block_n),)
+        grid = (tiles * triton.cdiv(n, tile.block_n),)
         args = _arguments(
             y, x, w, scales, routing, tile, n, k, bias, gather, weighted, swiglu, num_xcds
         )

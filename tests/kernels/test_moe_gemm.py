@@ -1,0 +1,359 @@
+"""What every MoE GEMM promises, edge cases first, each against its float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from grouped_gemm import (
+    GPT_OSS,
+    LARGE,
+    PLAIN,
+    SMALL,
+    counted,
+    every_kernel,
+    every_tile,
+    make,
+    spread,
+)
+
+from moelab.kernels import load
+from moelab.kernels.routing import route
+from moelab.problems import LAYERS, MODELS, Problem, problem
+
+# Tokens of each expert, by the tile's block_m.
+DISTRIBUTIONS = {
+    "an expert with no token": lambda block_m: (3, 0, 4),
+    "no token first and last": lambda block_m: (0, 5, 0),
+    "an expert with one token": lambda block_m: (block_m - 1, 1, 2),
+    "one token in all": lambda block_m: (0, 0, 1),
+    "all tokens on one expert": lambda block_m: (0, 2 * block_m + 1, 0),
+    "only full tiles": lambda block_m: (block_m, 0, 2 * block_m),
+}
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize("counts", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_any_distribution_of_tokens_matches_the_reference(kernel, tile, counts, device_generator):
+    counts = counts(tile.block_m)
+    expert = counted(device_generator, counts)
+    case = make(kernel, device_generator, expert, tile, experts=3, n=tile.block_n, k=tile.block_k)
+    case.check(case.launch(tile))
+
+
+@every_kernel
+@every_tile
+def test_empty_expert_leaves_its_neighbours_unchanged(kernel, tile, device_generator):
+    expert = counted(device_generator, (3, 0, 4))
+    case = make(
+        kernel, device_generator, expert, tile, experts=3, n=tile.block_n, k=tile.block_k, bias=True
+    )
+    for tensor in (case.w, case.w_scale, case.bias):
+        tensor[1:2].view(torch.uint8).fill_(0xFF)
+    neighbours = torch.tensor([0, 2], device=expert.device)
+    # Both routings sort alike, so rows stay where they are.
+    alone = replace(
+        case,
+        w=case.w.view(torch.uint8)[neighbours].view(case.w.dtype),
+        w_scale=case.w_scale[neighbours],
+        bias=case.bias[neighbours],
+        routing=route(expert // 2, torch.ones_like(expert), experts=2, block_m=tile.block_m),
+    )
+    y = case.launch(tile)
+    assert torch.equal(y, alone.launch(tile))
+    alone.check(y)
+
+
+@every_kernel
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("swiglu", [None, PLAIN], ids=["linear", "swiglu"])
+def test_no_tokens_give_an_empty_result(kernel, gather, swiglu, device_generator):
+    expert = spread(device_generator, m=0, experts=4, top_k=2)
+    case = make(
+        kernel,
+        device_generator,
+        expert,
+        SMALL,
+        experts=4,
+        n=40,
+        k=64,
+        gather=gather,
+        swiglu=swiglu,
+        bias=True,
+    )
+    y = case.launch(SMALL)
+    assert y.shape == (0, 20 if swiglu else 40)
+    assert y.dtype == torch.float32
+    case.check(y)
+
+
+# (m, n, k) by tile, where one of them does not fill its last block.
+SHAPES = {
+    "one token": lambda t: (1, t.block_n, t.block_k),
+    "odd m": lambda t: (t.block_m - 3, t.block_n, t.block_k),
+    "n below one block": lambda t: (4, t.block_n - 8, t.block_k),
+    "n past a block": lambda t: (4, t.block_n + 8, t.block_k),
+    "odd n": lambda t: (4, 2 * t.block_n + 5, t.block_k),
+    "k below one block": lambda t: (4, t.block_n, t.block_k // 2),
+    "k past a block": lambda t: (4, t.block_n, t.block_k + 32),
+    "k past two blocks": lambda t: (4, t.block_n, 2 * t.block_k + 32),
+    "m, n and k": lambda t: (t.block_m + 5, t.block_n + 6, t.block_k + 32),
+}
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_partly_filled_block_changes_nothing(kernel, tile, shape, device_generator):
+    m, n, k = shape(tile)
+    expert = spread(device_generator, m, experts=2, top_k=1)
+    case = make(kernel, device_generator, expert, tile, experts=2, n=n, k=k, bias=True)
+    case.check(case.launch(tile))
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize("past_block", [False, True], ids=["k below a block", "k past a block"])
+@pytest.mark.parametrize("k", [1, 33, 36])
+def test_k_may_be_any_length(kernel, tile, k, past_block, device_generator):
+    k += tile.block_k if past_block else 0
+    expert = spread(device_generator, m=6, experts=2, top_k=1)
+    case = make(kernel, device_generator, expert, tile, experts=2, n=tile.block_n, k=k)
+    case.check(case.launch(tile))
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "sorted"])
+@pytest.mark.parametrize("top_k", [1, 8])
+def test_each_token_visits_its_top_k(kernel, tile, gather, top_k, device_generator):
+    expert = spread(device_generator, m=5, experts=8, top_k=top_k)
+    case = make(
+        kernel,
+        device_generator,
+        expert,
+        tile,
+        experts=8,
+        n=tile.block_n,
+        k=tile.block_k,
+        gather=gather,
+        weighted=True,
+    )
+    case.check(case.launch(tile))
+
+
+LAYER_OPTIONS = {
+    "layer 1": {"gather": True, "swiglu": PLAIN},
+    "layer 1 of GPT-OSS": {"gather": True, "swiglu": GPT_OSS},
+    "layer 2": {"gather": False, "weighted": True},
+}
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("options", LAYER_OPTIONS.values(), ids=LAYER_OPTIONS)
+def test_layer_with_and_without_bias(kernel, tile, bias, options, device_generator):
+    expert = spread(device_generator, m=tile.block_m // 2 + 1, experts=3, top_k=2)
+    n, k = tile.block_n + 6, tile.block_k + 32
+    case = make(kernel, device_generator, expert, tile, experts=3, n=n, k=k, bias=bias, **options)
+    case.check(case.launch(tile))
+
+
+# Every pair of two options' values is in some row. Complementary rows hold both values of
+# each option; rows of different first elements tell any two options apart.
+OPTIONS = ("gather", "weighted", "bias", "num_xcds", "out_dtype", "swiglu")
+F32, BF16 = torch.float32, torch.bfloat16
+OPTION_ROWS = (
+    (False, False, False, 1, BF16, None),
+    (True, True, True, 8, F32, None),
+    (False, False, False, 8, F32, PLAIN),
+    (True, True, True, 1, BF16, PLAIN),
+    (False, False, True, 1, F32, GPT_OSS),
+    (True, True, False, 8, BF16, GPT_OSS),
+    (False, True, False, 1, F32, None),
+    (True, False, True, 8, BF16, None),
+)
+
+
+def test_the_rows_of_options_hold_every_pair():
+    columns = list(zip(*OPTION_ROWS, strict=True))
+    for first, second in itertools.combinations(columns, 2):
+        pairs = set(zip(first, second, strict=True))
+        assert pairs == set(itertools.product(set(first), set(second)))
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize("row", OPTION_ROWS, ids=lambda row: " ".join(map(str, row[:5])))
+def test_options_work_together_in_pairs(kernel, tile, row, device_generator):
+    options = dict(zip(OPTIONS, row, strict=True))
+    launch = {name: options.pop(name) for name in ("num_xcds", "out_dtype")}
+    expert = spread(device_generator, m=9, experts=3, top_k=2)
+    n, k = tile.block_n + 8, tile.block_k + 32
+    case = make(kernel, device_generator, expert, tile, experts=3, n=n, k=k, **options)
+    y = case.launch(tile, **launch)
+    assert y.dtype == launch["out_dtype"]
+    case.check(y)
+
+
+@every_kernel
+def test_out_dtype_is_bf16_unless_asked(kernel, device_generator):
+    expert = spread(device_generator, m=2, experts=1, top_k=1)
+    case = make(kernel, device_generator, expert, SMALL, experts=1, n=32, k=64)
+    y = case.launch(SMALL, out_dtype=None)
+    assert y.dtype == torch.bfloat16
+    case.check(y)
+
+
+# Tokens of each expert and columns of tiles.
+RENUMBERED = {
+    "fewer tiles than xcds": (lambda block_m: (2, 0, block_m + 1), 1),
+    "a last group of 3 tiles": (lambda block_m: (2 * block_m, block_m + 1, 0, 3, 1, 1), 2),
+}
+
+
+@every_kernel
+@every_tile
+@pytest.mark.parametrize(("counts", "columns"), RENUMBERED.values(), ids=RENUMBERED)
+def test_renumbering_for_xcds_changes_no_bit(kernel, tile, counts, columns, device_generator):
+    counts = counts(tile.block_m)
+    expert = counted(device_generator, counts)
+    case = make(
+        kernel,
+        device_generator,
+        expert,
+        tile,
+        experts=len(counts),
+        n=columns * tile.block_n - 8,
+        k=tile.block_k,
+    )
+    y = case.launch(tile)
+    case.check(y)
+    assert torch.equal(case.launch(tile, num_xcds=8), y)
+
+
+@every_kernel
+@pytest.mark.parametrize("num_xcds", [1, 8])
+def test_tiles_past_the_count_are_never_used(kernel, num_xcds, device_generator):
+    expert = counted(device_generator, (7, 0, 0, 5))
+    case = make(kernel, device_generator, expert, SMALL, experts=4, n=40, k=64)
+    count = int(case.routing.tile_count)
+    spare = case.routing.tile_expert.numel() - count
+    assert spare, "the routing has no entry to spoil"
+    for tensor in (case.routing.tile_expert, case.routing.tile_row):
+        tensor[count:] = 2**30
+    case.check(case.launch(SMALL, num_xcds=num_xcds))
+
+
+@every_kernel
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_scaled_down_layer_of_each_model(kernel, layer, model, device_generator):
+    full = problem(model, layer, tp=4, m=3)
+    experts = full.experts // 16
+    expert = spread(device_generator, full.m, experts, full.top_k)
+    # A 32nd of either side, within what is quick; n even.
+    n, k = min(full.n // 64 * 2, 56), min(full.k // 32, 160)
+    case = make(
+        kernel,
+        device_generator,
+        expert,
+        SMALL,
+        experts=experts,
+        n=n,
+        k=k,
+        gather=full.gather,
+        weighted=full.weighted,
+        bias=full.bias,
+        swiglu=(GPT_OSS if "GPT-OSS" in model else PLAIN) if full.swiglu else None,
+    )
+    case.check(case.launch(SMALL))
+
+
+# GPT-OSS's layer 2 has k = 720, which neither block_k nor mxfp4's groups of 32 divide.
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [F32, BF16], ids=str)
+@every_kernel
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("model", ["Qwen3-235B-A22B", "GPT-OSS 120B"])
+def test_layer_at_full_size(kernel, model, layer, out_dtype, device_generator):
+    full = problem(model, layer, tp=4, m=512)
+    expert = spread(device_generator, full.m, full.experts, full.top_k)
+    case = make(
+        kernel,
+        device_generator,
+        expert,
+        LARGE,
+        experts=full.experts,
+        n=full.n,
+        k=full.k,
+        gather=full.gather,
+        weighted=full.weighted,
+        bias=full.bias,
+        swiglu=(GPT_OSS if "GPT-OSS" in model else PLAIN) if full.swiglu else None,
+    )
+    case.check(case.launch(LARGE, out_dtype=out_dtype))
+
+
+@pytest.mark.gpu
+@every_kernel
+@pytest.mark.parametrize("num_warps", [4, 8])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_warps_and_stages_leave_the_result(kernel, num_warps, num_stages, device_generator):
+    expert = spread(device_generator, m=200, experts=4, top_k=2)
+    case = make(
+        kernel, device_generator, expert, LARGE, experts=4, n=264, k=5 * 128 + 32, swiglu=GPT_OSS
+    )
+    case.check(case.launch(LARGE, num_warps=num_warps, num_stages=num_stages))
+
+
+@every_kernel
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("options", LAYER_OPTIONS.values(), ids=LAYER_OPTIONS)
+def test_reference_is_the_equation(kernel, bias, options, generator):
+    """Element by element, so that the reference is not trusted for its own sake."""
+    expert = spread(generator, m=3, experts=4, top_k=2)
+    case = make(kernel, generator, expert, SMALL, experts=4, n=6, k=32, bias=bias, **options)
+    y = load(kernel).reference(
+        case.x, case.w, case.x_scale, case.w_scale, case.routing, **case.options
+    )
+    x, w = case.x.double() * case.x_scale.double(), case.w_values
+    for row, index in enumerate(case.routing.row_index.tolist()):
+        token, slot = divmod(index, 2)
+        e = int(expert[token, slot])
+        acc = (w[e] * x[token if case.gather else row]).sum(1)
+        acc = acc + case.bias[e].double() if bias else acc
+        if case.swiglu:
+            gate = acc[0::2].clamp(max=case.swiglu.limit)
+            up = acc[1::2].clamp(-case.swiglu.limit, case.swiglu.limit)
+            acc = gate / (1 + (-case.swiglu.alpha * gate).exp()) * (up + case.swiglu.shift)
+        if case.weighted:
+            acc = acc * case.routing.weight[row].double()
+        assert torch.allclose(y[row], acc, rtol=1e-12, atol=1e-12), f"row {row}"
+
+
+@every_kernel
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "sorted"])
+def test_cost_is_the_work_and_the_bytes_of_the_tensors(kernel, gather, generator):
+    m, experts, top_k, n, k = 8, 4, 2, 24, 45
+    expert = torch.arange(m * top_k).reshape(m, top_k) % experts
+    swiglu = PLAIN if gather else None
+    case = make(
+        kernel, generator, expert, SMALL, experts=experts, n=n, k=k, gather=gather, swiglu=swiglu
+    )
+    of = Problem("test", 1, 1, m, experts, top_k, n, k, gather, gather, weighted=False, bias=False)
+    cost = load(kernel).cost(of)
+    assert cost.flops == 2 * m * top_k * n * k
+    scales = case.w_scale.nbytes if kernel == "moe_gemm_a8w4" else 0
+    assert cost.bytes == case.x.nbytes + case.w.nbytes + scales + 2 * m * top_k * case.n_out
+
+
+@every_kernel
+def test_cost_reads_only_the_experts_that_can_have_rows(kernel):
+    of = Problem("test", 1, 1, 1, 64, 2, 24, 64, True, False, weighted=False)
+    dense = load(kernel).cost(replace(of, experts=2))
+    assert load(kernel).cost(of) == dense

@@ -1,0 +1,67 @@
+"""What is fp8 x mxfp4's own: codes, their packing, and a scale per 32 along K."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from grouped_gemm import every_tile, make, spread
+
+from moelab.kernels.formats import dequantize_mxfp4
+
+
+@every_tile
+@pytest.mark.parametrize("k", [1, 31, 33, 159])
+def test_what_fills_the_last_byte_is_never_used(tile, k, device_generator):
+    """k is odd: the high half of each row's last byte stands for no element."""
+    expert = spread(device_generator, m=6, experts=2, top_k=1)
+    case = make("moe_gemm_a8w4", device_generator, expert, tile, experts=2, n=40, k=k)
+    filled = case.w.clone()
+    filled[..., -1] |= 0xF0
+    assert not torch.equal(filled, case.w)
+    y = replace(case, w=filled).launch(tile)
+    case.check(y)
+    assert torch.equal(y, case.launch(tile))
+
+
+@every_tile
+def test_every_code_and_scale_comes_through_an_identity_exactly(tile, device_generator):
+    """x is the identity times 2, so y is w transposed, times 2.
+
+    Scales stay 2^100 from either end of bf16, into which chips without mxfp4 widen w.
+    """
+    device, n, k = device_generator.device, 40, 150
+    expert = torch.zeros(k, 1, dtype=torch.int64, device=device)
+    case = make("moe_gemm_a8w4", device_generator, expert, tile, experts=1, n=n, k=k)
+    w = torch.randint(0, 256, case.w.shape, generator=device_generator, device=device)
+    w_scale = torch.randint(27, 228, case.w_scale.shape, generator=device_generator, device=device)
+    nibbles = torch.cat((w % 16, w // 16)).unique()
+    assert len(nibbles) == 16, "not every code is in w"
+    case = replace(
+        case,
+        x=torch.eye(k, device=device).to(case.x.dtype),
+        x_scale=torch.full((1,), 2.0, device=device),
+        w=w.to(torch.uint8),
+        w_scale=w_scale.to(torch.uint8),
+    )
+    expected = 2.0 * dequantize_mxfp4(case.w, case.w_scale, k)[0].T
+    assert torch.equal(case.launch(tile), expected)
+
+
+@every_tile
+def test_a_scale_moves_its_own_32_columns_alone(tile, device_generator):
+    expert = torch.zeros(3, 1, dtype=torch.int64, device=device_generator.device)
+    case = make("moe_gemm_a8w4", device_generator, expert, tile, experts=1, n=40, k=96)
+    x = torch.zeros_like(case.x, dtype=torch.float32)
+    # Row i of x sees group i of w alone.
+    for group in range(3):
+        x[group, 32 * group : 32 * (group + 1)] = 1.0
+    case = replace(case, x=x.to(case.x.dtype))
+    doubled = case.w_scale.clone()
+    doubled[0, 7, 1] += 1
+    y, moved = case.launch(tile), replace(case, w_scale=doubled).launch(tile)
+    expected = y.clone()
+    expected[1, 7] *= 2
+    assert y[1, 7] != 0
+    assert torch.equal(moved, expected)

@@ -1,0 +1,321 @@
+"""What a user types, and what comes back on stdout, stderr and as exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from moelab import compiler, records, report
+from moelab.cli import app
+from moelab.kernels import KERNELS
+from moelab.targets import TARGETS
+
+EXAMPLE = [
+    *("sweep", "--kernel", "moe_gemm_a8w4", "--target", "gfx950", "--tile", "128x512x256"),
+    *("--warps", "8", "--stages", "1,2", "--async-copy", "both"),
+]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def no_workers(monkeypatch):
+    """Fail the test if anything is compiled."""
+    import pebble
+
+    monkeypatch.setattr(pebble, "ProcessPool", lambda *_, **__: pytest.fail("a worker started"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The documented example, run as a user runs it."""
+    store = tmp_path_factory.mktemp("store")
+    process = subprocess.run(
+        [
+            Path(sys.executable).with_name("moelab"),
+            *EXAMPLE,
+            "--json",
+            "--jobs",
+            "1",
+            "--store",
+            store,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=store.parent,
+    )
+    return process, store
+
+
+# sweep.
+
+
+def test_json_is_one_line_per_row_and_stdout_has_nothing_else(swept):
+    process, _ = swept
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == 4
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        assert (row["kernel"], row["target"]) == ("moe_gemm_a8w4", "gfx950")
+        assert row["triton"] == compiler.triton_version()
+        assert (row["block_m"], row["block_n"], row["block_k"]) == (128, 512, 256)
+        assert (row["num_warps"], row["lds_limit"]) == (8, 163_840)
+        assert row["status"] == ("ok" if row["lds_bytes"] <= row["lds_limit"] else "out_of_lds")
+    assert [(row["num_stages"], row["async_copy"]) for row in rows] == [
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    ]
+
+
+def test_the_example_finds_the_regression(swept):
+    if not compiler.triton_version().startswith(("3.8.", "3.9.")):
+        pytest.skip(f"figures of Triton 3.8 and 3.9, not {compiler.triton_version()}")
+    process, _ = swept
+    rows = [json.loads(line) for line in process.stdout.splitlines()]
+    found = {(row["num_stages"], row["async_copy"]): row for row in rows}
+    assert (found[2, False]["lds_bytes"], found[2, False]["status"]) == (102_400, "ok")
+    assert (found[2, True]["lds_bytes"], found[2, True]["status"]) == (206_816, "out_of_lds")
+    assert found[1, False]["status"] == found[1, True]["status"] == "ok"
+
+
+def test_progress_is_on_stderr(swept):
+    process, _ = swept
+    assert "compile:" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_second_run_answers_from_the_store(swept, no_workers):
+    process, store = swept
+    again = run(*EXAMPLE, "--json", "--store", store)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == process.stdout
+    assert again.stderr == ""
+
+
+def test_without_json_rows_are_a_table(swept, no_workers):
+    _, store = swept
+    result = run(*EXAMPLE, "--store", store)
+    assert result.exit_code == 0, result.output
+    header, *lines = result.stdout.splitlines()
+    assert header.split()[:3] == ["kernel", "target", "triton"]
+    assert len(lines) == 4
+    assert all("128x512x256" in line and "163840" in line for line in lines)
+    # Columns without a figure are left out: nothing was compiled to the end.
+    assert "registers" not in header
+
+
+def test_rows_are_exported_on_request(swept, no_workers, tmp_path):
+    _, store = swept
+    path = tmp_path / "rows.parquet"
+    result = run(*EXAMPLE, "--store", store, "--export", path)
+    assert result.exit_code == 0, result.output
+    assert len(records.read(path)) == 4
+
+
+def test_many_rows_are_counted_and_a_compile_error_is_told_once_on_stderr(tmp_path, monkeypatch):
+    from moelab import plan, sweep
+
+    def reject(configurations, full, jobs, timeout_s):
+        for key, configuration in configurations.items():
+            target = TARGETS[configuration.target]
+            yield key, sweep._stamped("compile_error", "fp8e4nv not supported", target)
+
+    monkeypatch.setattr(sweep, "_compile_all", reject)
+    arguments = ["--kernel", "moe_gemm_a8w8", "--target", "sm_80", "--m", "all", "--stages"]
+    assert len(plan.grid(kernels="moe_gemm_a8w8", targets="sm_80", m="all", stages="1,2,3,4")) == 64
+    result = run("sweep", *arguments, "1,2,3,4", "--store", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0].split()[-2:] == ["compile_error", "configurations"]
+    assert len(result.stdout.splitlines()) == 1 + 4
+    assert result.stderr.count("fp8e4nv not supported") == 1
+
+
+SMALL = {"--kernel": "moe_gemm_a8w8", "--target": "gfx950"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        ("--kernel", "moe_gemm_a8w9", KERNELS),
+        ("--target", "gfx95", ["did you mean 'gfx950'?", *TARGETS]),
+        ("--model", "GPT", ["GPT-OSS 120B", "Llama4 Maverick"]),
+        ("--layer", "3", ["1, 2"]),
+        ("--tp", "0", ["tp: 0", "1 or more"]),
+        ("--m", "many", ["m: 'many'", "1,2"]),
+        ("--tile", "128x256x256", ["warps 4,8"]),
+        ("--tile", "128x256", ["128x256x128"]),
+        ("--warps", "8", ["tiles 128x256x256"]),
+        ("--stages", "two", ["stages: 'two'", "1,2"]),
+        ("--async-copy", "maybe", ["on, off, both, default"]),
+        ("--jobs", "0", ["x>=1"]),
+        ("--export", "rows.csv", ["rows.parquet"]),
+    ],
+)
+def test_a_wrong_value_exits_2_with_the_right_ones_and_compiles_nothing(
+    option, value, right, no_workers, tmp_path
+):
+    given = SMALL | {option: value}
+    if option == "--tile" and value == "128x256":
+        given["--warps"] = "8"
+    result = run("sweep", *(part for pair in given.items() for part in pair), "--store", tmp_path)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    # click breaks long lines.
+    said = " ".join(result.stderr.split())
+    for word in right:
+        assert word in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sweep", "--target", "gfx950"], "Missing option '--kernel'"),
+        (["sweep", "--kernel", "all"], "Missing option '--target'"),
+        (["sweep", "--kernal", "all"], "--kernel"),
+        (["swep"], "swep"),
+        (["report"], "Missing argument 'NOTEBOOK'"),
+    ],
+)
+def test_a_mistyped_command_line_exits_2(arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_store_that_cannot_be_written_is_an_error_in_one_line(no_workers, tmp_path):
+    (tmp_path / "store").write_text("a file")
+    result = run(*EXAMPLE, "--store", tmp_path / "store")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and str(tmp_path / "store") in result.stderr
+
+
+# Help.
+
+
+def commands():
+    return {"": app} | {name: command for name, command in app.commands.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in commands() if name])
+def test_every_command_has_help_with_an_example(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    example = result.stdout.split("Example:\n")[1].strip().splitlines()[0]
+    assert example.startswith(f"moelab {name}")
+    for parameter in app.commands[name].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+def test_the_documented_example_of_sweep_is_a_valid_one(swept, no_workers):
+    _, store = swept
+    text = run("sweep", "--help").stdout.split("Example:\n")[1].split("Options:")[0]
+    words = text.replace("\\", " ").split()
+    assert words[0] == "moelab"
+    assert words[1:] == EXAMPLE
+    assert run(*words[1:], "--store", store).exit_code == 0
+
+
+def test_help_lists_every_command_and_the_version_is_told():
+    shown = run("--help").stdout
+    assert all(name in shown for name in ("sweep", "report", "targets", "doctor"))
+    assert "version" in run("--version").stdout
+
+
+# targets and doctor.
+
+
+def test_targets_as_json_is_one_line_each_with_every_source():
+    result = run("targets", "--json")
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [target["name"] for target in found] == list(TARGETS)
+    assert all(target["sources"]["lds_limit"] for target in found)
+
+
+def test_targets_as_text_names_limit_and_chips():
+    result = run("targets")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("gfx950")]
+    assert "163,840" in line and "MI355X" in line
+    assert len(result.stdout.splitlines()) == 1 + len(TARGETS)
+
+
+def test_doctor_as_json_says_what_is_installed_and_works():
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["installed"]["triton"] == compiler.triton_version()
+    assert found["works"]["sweep"].startswith("yes")
+
+
+def test_doctor_as_text_has_a_line_per_finding():
+    shown = run("doctor").stdout
+    for word in ("triton", "sweep", "report", "kernels on a GPU"):
+        assert any(line.strip().startswith(word) for line in shown.splitlines())
+
+
+# report.
+
+
+@pytest.fixture
+def never_runs(monkeypatch):
+    import papermill
+
+    monkeypatch.setattr(
+        papermill, "execute_notebook", lambda *_, **__: pytest.fail("the notebook ran")
+    )
+
+
+def test_a_wrong_parameter_name_exits_2_before_anything_runs(never_runs, tmp_path):
+    out = tmp_path / "out"
+    result = run("report", "01_stage_sweep", "-p", "stage", "2", "--out", out)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "did you mean 'stages'?" in " ".join(result.stderr.split())
+    for name in ("kernels", "targets", "async_copy", "store", "jobs"):
+        assert name in result.stderr
+    assert not out.exists()
+
+
+def test_an_unknown_notebook_exits_2_with_those_there_are(never_runs, tmp_path):
+    result = run("report", "01_stage_swep", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "01_stage_sweep" in result.stderr
+
+
+def test_values_arrive_with_their_types_and_the_path_is_all_of_stdout(monkeypatch, tmp_path):
+    seen = {}
+
+    def render(notebook, parameters, out):
+        seen.update(notebook=notebook, parameters=parameters, out=out)
+        return out / "a.html"
+
+    monkeypatch.setattr(report, "render", render)
+    pairs = {"jobs": "2", "f": "0.5", "on": "true", "off": "False", "no": "none", "m": "1,2"}
+    given = [part for name, text in pairs.items() for part in ("-p", name, text)]
+    result = run("report", "a", *given, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'a.html'}\n"
+    assert repr(seen["parameters"]) == repr(
+        {"jobs": 2, "f": 0.5, "on": True, "off": False, "no": None, "m": "1,2"}
+    )
+
+
+def test_a_notebook_that_fails_exits_1_with_its_files(monkeypatch, tmp_path):
+    def render(*_):
+        raise report.ReportError("a.ipynb: cell [2] raised ValueError: no\n  executed: b.ipynb")
+
+    monkeypatch.setattr(report, "render", render)
+    result = run("report", "a", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "cell [2] raised ValueError" in result.stderr and "b.ipynb" in result.stderr

@@ -1,0 +1,149 @@
+"""Every picture is a figure, of whatever rows there are."""
+
+from dataclasses import asdict
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from moelab import plots, problems, records
+from moelab.targets import get
+
+PICTURES = (plots.lds_against_limit, plots.async_copy_difference)
+PROBLEM = asdict(problems.problem("Llama4 Maverick", 1, 1, 512))
+
+
+def rows(target="gfx950", stages=(1, 2), switches=(False, True), block_n=64, **changed):
+    """Rows whose LDS grows with stages, and doubles with async copy."""
+    limit = get(target).lds_limit
+    return [
+        {
+            "kernel": "moe_gemm_a8w8",
+            **PROBLEM,
+            "target": target,
+            "triton": "3.9.0",
+            "block_m": 16,
+            "block_n": block_n,
+            "block_k": 64,
+            "num_warps": 4,
+            "num_stages": count,
+            "async_copy": switch,
+            "status": "ok",
+            "lds_bytes": count * (2 if switch else 1) * limit // 3,
+            "lds_limit": limit,
+            **changed,
+        }
+        for count in stages
+        for switch in switches
+    ]
+
+
+REJECTED = rows("sm_80", switches=(None,), status="compile_error", lds_bytes=None)
+SETS = {
+    "no row": [],
+    "one row": rows(stages=(2,), switches=(True,)),
+    "one target": rows() + rows(block_n=128),
+    "several targets": rows() + rows("gfx942") + rows("sm_90", switches=(None,)),
+    "several kernels": rows() + rows(kernel="moe_gemm_a8w4"),
+    "no pairs": rows(switches=(True,)),
+    "no switch": rows("sm_90", switches=(None,)),
+    "one stage": rows(stages=(1,)),
+    "none compiled": REJECTED,
+    "some compiled": rows() + REJECTED,
+}
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+@pytest.fixture(autouse=True)
+def default_style():
+    with plt.rc_context():
+        plots.use_style()
+        yield
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("name", SETS)
+def test_a_picture_is_a_figure_that_can_be_saved_and_leaves_none_open(picture, name, tmp_path):
+    frame = records.frame(SETS[name])
+    before = frame.copy()
+    figure = picture(frame)
+    assert isinstance(figure, Figure)
+    assert plt.get_fignums() == []
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert frame.equals(before)
+
+
+@pytest.mark.parametrize("name", ["no row", "none compiled"])
+def test_a_picture_of_nothing_says_so(name):
+    frame = records.frame(SETS[name])
+    assert texts(plots.lds_against_limit(frame).axes[0]) == ["no row whose LDS is known"]
+    assert texts(plots.async_copy_difference(frame).axes[0]) == [
+        "no row with 2 stages and both settings of async copy"
+    ]
+
+
+def test_each_kernel_and_target_has_a_panel_with_its_limit():
+    figure = plots.lds_against_limit(records.frame(SETS["several targets"]))
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "moe_gemm_a8w8 on gfx942",
+        "moe_gemm_a8w8 on gfx950",
+        "moe_gemm_a8w8 on sm_90",
+    ]
+    legends = [[t.get_text() for t in axis.get_legend().get_texts()] for axis in figure.axes]
+    assert legends == [
+        ["async copy off", "async copy on", "limit 64 KiB"],
+        ["async copy off", "async copy on", "limit 160 KiB"],
+        ["no async-copy switch", "limit 227 KiB"],
+    ]
+
+
+def test_the_number_in_a_marker_is_its_stage_count_and_a_hollow_one_does_not_fit():
+    (axis,) = plots.lds_against_limit(records.frame(rows())).axes
+    # A third, two thirds with async copy off; two thirds, four thirds with it on.
+    assert sorted(texts(axis)) == ["1", "1", "2", "2"]
+    markers = [line for line in axis.lines if line.get_marker() == "o" and line.get_ms() == 13]
+    hollow = [line for line in markers if line.get_mfc() == "white"]
+    limit_kib = 160
+    assert [float(line.get_xdata()[0]) > limit_kib for line in hollow] == [True]
+    assert len(markers) == 4
+    assert axis.get_xlim()[1] > limit_kib * 4 / 3
+
+
+def test_a_marker_shows_the_most_that_any_problem_needs():
+    one = {"stages": (1,), "switches": (True,)}
+    frame = records.frame(rows(**one, lds_bytes=1024) + rows(**one, lds_bytes=4096, m=1536))
+    (axis,) = plots.lds_against_limit(frame).axes
+    markers = [line for line in axis.lines if line.get_ms() == 13]
+    assert [float(line.get_xdata()[0]) for line in markers] == [4.0]
+
+
+def test_tiles_stand_in_order_of_their_numbers_smallest_on_top():
+    frame = records.frame(rows(block_n=128) + rows(block_n=64) + rows(block_n=256))
+    (axis,) = plots.lds_against_limit(frame).axes
+    labels = [label.get_text().split("\n")[0] for label in axis.get_yticklabels()]
+    assert labels == ["16x256x64", "16x128x64", "16x64x64"]
+
+
+def test_async_copys_picture_has_a_line_with_verdict_per_tile_of_its_stage_count():
+    frame = records.frame(rows(stages=(1, 2)) + rows(block_n=128, stages=(1,)))
+    (axis,) = plots.async_copy_difference(frame, num_stages=1).axes
+    assert len(axis.get_yticklabels()) == 2
+    assert [text for text in texts(axis) if text] == ["fits", "fits"]
+    (axis,) = plots.async_copy_difference(frame).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "moe_gemm_a8w8 gfx950\n16x64x64, 4 warps"
+    ]
+    assert [text for text in texts(axis) if text] == ["no longer fits"]
+
+
+def test_a_stage_count_without_pairs_is_named():
+    (axis,) = plots.async_copy_difference(records.frame(rows()), num_stages=7).axes
+    assert texts(axis) == ["no row with 7 stages and both settings of async copy"]
