@@ -16,8 +16,13 @@ from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from papermill.engines import NBClientEngine
 from traitlets.config import Config
+
+# papermill loads its entry points, this one among them, while it is being imported. Where
+# that happens in the next line it gets this placeholder, and the engine at the end.
+MoelabEngine: Any = None
+
+from papermill.engines import NBClientEngine, papermill_engines  # noqa: E402
 
 
 class _ThisInterpreter(AsyncKernelManager):
@@ -41,7 +46,7 @@ class _ThisInterpreter(AsyncKernelManager):
             await super().start_kernel(stdout=log, stderr=log, env=env, **kwargs)
 
 
-class MoelabEngine(NBClientEngine):
+class _Engine(NBClientEngine):
     """papermill's engine with a kernel of this environment over IPC."""
 
     @classmethod
@@ -84,3 +89,7 @@ class MoelabEngine(NBClientEngine):
                 )
                 nb_man.cell_exception(cell)
                 return nb_man.nb
+
+
+MoelabEngine = _Engine
+papermill_engines.register("moelab", MoelabEngine)

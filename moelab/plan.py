@@ -67,6 +67,8 @@ def grid(
     for kernel, (layer, shards, tokens) in itertools.product(kernel_names, shapes):
         for model in model_names or _served_with(kernel)[: None if models == "all" else 1]:
             problem = problems.problem(model, layer, shards, tokens)
+            if not problem.k:
+                raise ParameterError(f"tp: {shards} leaves nothing of {model} to each shard")
             tilings = given_tiles or [problems.ruled_tile(kernel, problem)]
             for (tile, num_warps), target, stage_count in itertools.product(
                 tilings, target_names, stage_counts

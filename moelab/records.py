@@ -75,6 +75,9 @@ STATUSES = {
     "timeout": "the compiler did not finish in time",
 }
 
+# Worth asking again: these say nothing of the configuration.
+UNANSWERED = ("crashed", "timeout")
+
 # What tells two rows apart: everything that was asked.
 KEY = tuple(itertools.takewhile(lambda name: name != "status", COLUMNS))
 

@@ -71,12 +71,9 @@ def render(
     out_dir.mkdir(parents=True, exist_ok=True)
 
     import papermill
-    from papermill.engines import papermill_engines
 
-    from .engine import MoelabEngine
+    from . import engine  # noqa: F401 - registers itself, also where moelab isn't installed
 
-    # The entry point does the same, but only where moelab is installed.
-    papermill_engines.register("moelab", MoelabEngine)
     # papermill warns about names that it can't read from the parameters cell
     # (`x: str = "a=b"`), which are checked above, and logs a dead kernel, which
     # is raised below.

@@ -1,13 +1,15 @@
 """Configurations become rows: compiled on all cores, journalled as they come.
 
 Launches that compile to the same code are compiled once, and each configuration gets
-its row. A second run compiles only what no row of the store answers yet.
+its row. A second run compiles only what no row of the store answers yet; what crashed
+or timed out is asked again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -60,7 +62,11 @@ def run(
         raise ValueError(f"jobs = {jobs}; give 1 or more, or leave it out for every core")
     store = Path(store)
     mode = "full" if full else "lds"
-    known = {records.key(row): row for row in records.journalled(store)}
+    known = {
+        records.key(row): row
+        for row in records.journalled(store)
+        if row["status"] not in records.UNANSWERED
+    }
     asked = [_question(configuration, mode) for configuration in configurations]
     missing: dict[str, list[int]] = defaultdict(list)
     for index, question in enumerate(asked):
@@ -69,24 +75,22 @@ def run(
     left = sum(map(len, missing.values()))
     with records.Journal(store) as journal, _bar(len(asked), left, progress) as bar:
         # Another configuration's row may answer what compiles to the same code.
-        answers = {
-            (row["compile_key"], row["mode"]): _answer_of(row)
-            for row in known.values()
-            if row["status"] not in ("crashed", "timeout")
+        stored = {
+            row["compile_key"]: _answer_of(row) for row in known.values() if row["mode"] == mode
         }
-        first = {
-            key: configurations[indices[0]]
-            for key, indices in missing.items()
-            if (key, mode) not in answers
+        to_compile = {
+            key: configurations[indices[0]] for key, indices in missing.items() if key not in stored
         }
-        old = ((key, answers[key, mode]) for key in missing if key not in first)
-        for source in (old, _compile_all(first, full, jobs or _cores(), timeout_s)):
-            for compile_key, answer in source:
-                for index in missing[compile_key]:
-                    row = asked[index] | answer
-                    journal.append(row)
-                    known[records.key(row)] = row
-                bar.update(len(missing[compile_key]))
+        answers = itertools.chain(
+            ((key, stored[key]) for key in missing if key in stored),
+            _compile_all(to_compile, full, jobs or _cores(), timeout_s),
+        )
+        for key, answer in answers:
+            for index in missing[key]:
+                row = asked[index] | answer
+                journal.append(row)
+                known[records.key(row)] = row
+            bar.update(len(missing[key]))
     return records.frame(known[records.key(question)] for question in asked)
 
 
@@ -228,6 +232,9 @@ def _outcome(
         if died.exitcode is not None and died.exitcode < 0:
             how = signal.Signals(-died.exitcode).name
         return _stamped("crashed", _reason(f"the compiler's process died: {how}", log), target)
+    except Exception as error:
+        # Neither the kernel's fault nor worth the sweep: the row says what it was.
+        return _stamped("crashed", _reason(f"{type(error).__name__}: {error}", log), target)
 
 
 def _reason(message: str, log: Path) -> str:

@@ -5,6 +5,7 @@ Frames in, frames out; no compiler, no GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import problems
@@ -128,16 +129,19 @@ def async_copy_difference(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def largest_stages(rows: pd.DataFrame) -> pd.DataFrame:
-    """Find the largest stage count up to which every problem of a tile fits.
+    """Find the largest stage count at which every problem of a tile fits.
 
     Returns:
-        one row per tile, warps and async copy: ``largest stage count that fits`` (0 where
-        none does), the LDS it needs, what stays free, and the largest that was asked.
+        one row per tile, warps and async copy that compiled at all: ``largest stage count
+        that fits`` (0 where none does), the LDS it needs, what stays free, and the largest
+        that was asked.
     """
     import pandas as pd
 
     found = []
     for names, of_tile in labelled(rows).groupby([*TILING, ASYNC_COPY], sort=False):
+        if of_tile["lds_bytes"].isna().all():
+            continue
         fits = of_tile.groupby("num_stages")["status"].agg(lambda s: (s == "ok").all())
         best = max((stages for stages, ok in fits.items() if ok), default=0)
         used = of_tile.loc[of_tile["num_stages"] == best, "lds_bytes"].max()
@@ -189,36 +193,46 @@ def _verdict(status: pd.Series) -> str:
 
 def conclusion(rows: pd.DataFrame) -> str:
     """Sum the sweep up in Markdown sentences, computed from the rows."""
-    sentences = []
-    difference = async_copy_difference(rows)
-    for (kernel, target, triton), of_target in difference.groupby(["kernel", "target", "triton"]):
-        for stages, tiles in of_target.groupby("num_stages"):
-            lost = tiles[tiles["verdict"] == "no longer fits"]
-            if lost.empty:
-                continue
-            factor = (tiles["on (bytes)"] / tiles["off (bytes)"]).median()
-            worst = lost.loc[lost["on (bytes)"].idxmax()]
-            sentences.append(
-                f"**{kernel} on {target}, {stages} stages** (Triton {triton}): async copy "
-                f"multiplies LDS by {factor:.2f} (median over {len(tiles)} tiles) and "
-                f"{len(lost)} of them no longer fit: {', '.join(lost['tile'])}. The largest "
-                f"goes from {worst['off (bytes)']:,} to {worst['on (bytes)']:,} of "
-                f"{worst['limit (bytes)']:,} bytes."
-            )
+    sentences = [*_async_copy_cost(rows), *_deepest_fits(rows), *_failures(rows)]
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _async_copy_cost(rows: pd.DataFrame) -> Iterator[str]:
+    """Say by how much async copy grows LDS where it costs a tile its fit."""
+    by = ["kernel", "target", "triton", "num_stages"]
+    for (kernel, target, triton, stages), tiles in async_copy_difference(rows).groupby(by):
+        lost = tiles[tiles["verdict"] == "no longer fits"]
+        if lost.empty:
+            continue
+        factor = (tiles["on (bytes)"] / tiles["off (bytes)"]).median()
+        worst = lost.loc[lost["on (bytes)"].idxmax()]
+        yield (
+            f"**{kernel} on {target}, {stages} stages** (Triton {triton}): async copy "
+            f"multiplies LDS by {factor:.2f} (median over {len(tiles)} tiles). No longer "
+            f"fitting: {', '.join(lost['tile'])}. The largest "
+            f"goes from {worst['off (bytes)']:,} to {worst['on (bytes)']:,} of "
+            f"{worst['limit (bytes)']:,} bytes."
+        )
+
+
+def _deepest_fits(rows: pd.DataFrame) -> Iterator[str]:
+    """Say which stage count fits which tiles, with async copy on where it was asked."""
     best = largest_stages(rows)
     switches = best.groupby(["kernel", "target"])[ASYNC_COPY].transform("nunique")
     best = best[(best[ASYNC_COPY] != "off") | (switches == 1)]
     for (kernel, target), tiles in best.groupby(["kernel", "target"]):
-        deepest = "largest stage count that fits"
         listed = [
             f"{stages} for {', '.join(of_stages['tile'])}"
-            for stages, of_stages in tiles.groupby(deepest)
+            for stages, of_stages in tiles.groupby("largest stage count that fits")
         ]
-        sentences.append(
+        yield (
             f"**{kernel} on {target}**: the largest stage count that fits every problem "
             f"is {'; '.join(listed)} (stage counts up to {tiles['asked up to'].max()} were asked)."
         )
-    rejected = rows[~rows["status"].isin(["ok", "out_of_lds"])]
-    for (kernel, target, status), group in rejected.groupby(["kernel", "target", "status"]):
-        sentences.append(f"**{kernel} on {target}**: {len(group)} rows ended in `{status}`.")
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _failures(rows: pd.DataFrame) -> Iterator[str]:
+    """Count what ended in neither a fit nor a lack of LDS."""
+    failed = rows[~rows["status"].isin(["ok", "out_of_lds"])]
+    for (kernel, target, status), group in failed.groupby(["kernel", "target", "status"]):
+        yield f"**{kernel} on {target}**: {len(group)} rows ended in `{status}`."

@@ -31,6 +31,7 @@ _LLVM = "LLVM lib/Target/AMDGPU/Utils/AMDGPUBaseInfo.cpp"
 _ROCM = "ROCm documentation, GPU hardware specifications (gpu-arch-specs)"
 _CCCL = "NVIDIA CCCL libcudacxx/include/cuda/__device/arch_traits.h"
 _OCCUPANCY = "CUDA toolkit cuda_occupancy.h"
+_ASYNC_COPY = "triton 3.9.0: kernels compile to the end with use_async_copy; elsewhere they fail"
 _TRITON_LDS = (
     "triton third_party/amd/lib TargetFeatures::getSharedMemorySize; LLVM AMDGPU.td "
     "FeatureAddressableLocalMemorySize"
@@ -129,6 +130,7 @@ _TABLE = (
         async_copy_switch=True,
         sources=_CDNA
         | {
+            "async_copy_switch": _ASYNC_COPY,
             "xcds": f"{_ROCM}, XCDs; AMD CDNA white papers: eight accelerator dies",
             "peak_tflops": (
                 "triton 3.9.0 profiler/specs.py: 4096 FLOP/clock/CU in fp8, half in bf16, "
@@ -160,6 +162,7 @@ _TABLE = (
         async_copy_switch=True,
         sources=_CDNA
         | {
+            "async_copy_switch": _ASYNC_COPY,
             "xcds": f"{_ROCM}, XCDs; AMD CDNA white papers: eight accelerator dies",
             "peak_tflops": (
                 "triton 3.9.0 profiler/specs.py: 8192 FLOP/clock/CU in fp8 x 256 CUs x "
@@ -192,6 +195,7 @@ _TABLE = (
         async_copy_switch=True,
         sources=_AMD
         | {
+            "async_copy_switch": _ASYNC_COPY,
             "lds_per_cu": f"{_LLVM} getLocalMemorySize",
             "registers_per_thread": "LLVM AMDGPU.td Feature1024AddressableVGPRs",
             "fp8": ("triton 3.9.0 backends/amd/compiler.py HIPOptions: OCP from CDNA4, RDNA4"),

@@ -84,7 +84,7 @@ def test_the_example_finds_the_regression(swept):
     rows = [json.loads(line) for line in process.stdout.splitlines()]
     found = {(row["num_stages"], row["async_copy"]): row for row in rows}
     assert (found[2, False]["lds_bytes"], found[2, False]["status"]) == (102_400, "ok")
-    assert (found[2, True]["lds_bytes"], found[2, True]["status"]) == (206_816, "out_of_lds")
+    assert (found[2, True]["lds_bytes"], found[2, True]["status"]) == (210_880, "out_of_lds")
     assert found[1, False]["status"] == found[1, True]["status"] == "ok"
 
 

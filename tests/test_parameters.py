@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from moelab import parameters
 from moelab.parameters import ParameterError, as_list, given
 
 
@@ -170,10 +169,3 @@ def test_kernel_asked_for_by_name_passes(kernel_of, tmp_path):
 def test_unknown_parent_passes(monkeypatch):
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     assert given({"arch": "gfx950"}, ["arch"])
-
-
-def test_examples_in_the_docstrings_hold():
-    import doctest
-
-    result = doctest.testmod(parameters)
-    assert (result.failed, result.attempted) == (0, 4)

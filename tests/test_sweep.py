@@ -147,7 +147,7 @@ def test_launches_of_the_same_code_are_compiled_once_and_each_has_its_row(swept)
 
 @pytest.mark.parametrize(
     ("kernel", "block_n", "off", "on"),
-    [("moe_gemm_a8w4", 512, 102_400, 206_816), ("moe_gemm_a8w8", 256, 98_304, 202_688)],
+    [("moe_gemm_a8w4", 512, 102_400, 210_880), ("moe_gemm_a8w8", 256, 98_304, 202_688)],
 )
 def test_async_copy_takes_two_stages_over_the_lds_of_gfx950(swept, kernel, block_n, off, on):
     if not compiler.triton_version().startswith(("3.8.", "3.9.")):

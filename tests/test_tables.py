@@ -340,7 +340,7 @@ def test_the_conclusion_sums_up_what_async_copy_costs_and_what_fits():
     )
     assert conclusion.splitlines() == [
         "- **moe_gemm_a8w8 on gfx950, 2 stages** (Triton 3.9.0): async copy multiplies LDS by "
-        "2.25 (median over 2 tiles) and 1 of them no longer fit: 16x64x64. The largest goes "
+        "2.25 (median over 2 tiles). No longer fitting: 16x64x64. The largest goes "
         "from 400 to 1,200 of 1,000 bytes.",
         "- **moe_gemm_a8w8 on gfx950**: the largest stage count that fits every problem is "
         "1 for 16x64x64; 2 for 16x32x64 (stage counts up to 2 were asked).",

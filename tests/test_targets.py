@@ -33,7 +33,12 @@ def figures(target):
 
 @every
 def test_a_figure_has_a_source_and_a_missing_one_has_none(target):
-    filled = {key for key, value in figures(target).items() if value not in (None, {})}
+    defaults = {field.name: field.default for field in dataclasses.fields(target)}
+    filled = {
+        key
+        for key, value in figures(target).items()
+        if value not in (None, {}) and value != defaults[key]
+    }
     assert set(target.sources) == filled
     assert all(target.sources.values())
 

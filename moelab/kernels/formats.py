@@ -42,6 +42,11 @@ def mx_groups(k: int) -> int:
     return -(-k // MX_GROUP)
 
 
+def mx_pairs(k: int) -> int:
+    """Count the bytes that hold k fp4 elements, the last perhaps in part."""
+    return -(-k // 2)
+
+
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize along the last dimension.
 
@@ -73,7 +78,7 @@ def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     code = code + tie.to(code.dtype)
     code = (code | (scaled.signbit().to(code.dtype) << 3)).flatten(-2).to(torch.uint8)
     packed = code[..., 0::2] | (code[..., 1::2] << 4)
-    return packed[..., : -(-k // 2)].contiguous(), (exponent + _E8M0_BIAS).to(torch.uint8)
+    return packed[..., : mx_pairs(k)].contiguous(), (exponent + _E8M0_BIAS).to(torch.uint8)
 
 
 def dequantize_mxfp4(packed: Tensor, scale: Tensor, k: int) -> Tensor:

@@ -29,7 +29,7 @@ def _arguments(
     y: Any,
     x: Any,
     w: Any,
-    scales: Mapping[str, Any],
+    own: Mapping[str, Any],
     routing: Routing,
     tile: Tile,
     n: int,
@@ -46,7 +46,7 @@ def _arguments(
         "y_ptr": y,
         "x_ptr": x,
         "w_ptr": w,
-        **scales,
+        **own,
         "bias_ptr": bias,
         "weight_ptr": routing.weight if weighted else None,
         "row_index_ptr": routing.row_index if gather else None,
@@ -78,15 +78,19 @@ def describe(
     target: Target,
     x_dtype: str,
     w: TensorSpec,
-    scales: Mapping[str, TensorSpec],
+    own: Mapping[str, Any],
 ) -> Source:
-    """Describe a launch of ``kernel`` to the compiler; needs no GPU."""
+    """Describe a launch of ``kernel`` to the compiler; needs no GPU.
+
+    Args:
+        own: the arguments that only this kernel has, by name.
+    """
     x_rows = problem.m if problem.gather else problem.rows
     args = _arguments(
         y=TensorSpec((problem.rows, problem.n_out), "bf16"),
         x=TensorSpec((x_rows, problem.k), x_dtype),
         w=w,
-        scales=scales,
+        own=own,
         routing=routing_.describe(problem, tile),
         tile=tile,
         n=problem.n,
@@ -105,7 +109,7 @@ def launch(
     x: Tensor,
     x_dtypes: Sequence[Any],
     w: Tensor,
-    scales: Mapping[str, Tensor],
+    own: Mapping[str, Any],
     routing: Routing,
     tile: Tile,
     *,
@@ -121,6 +125,8 @@ def launch(
 ) -> Tensor:
     """Check what all grouped GEMMs check, allocate y and launch.
 
+    Args:
+        own: the arguments that only this kernel has, by name; already checked.
     Returns:
         ``[rows, n]`` of ``out_dtype`` (None: bf16) in expert order; ``n // 2`` columns
         with ``swiglu``.
@@ -152,7 +158,7 @@ def launch(
     if rows:
         grid = (tiles * triton.cdiv(n, tile.block_n),)
         args = _arguments(
-            y, x, w, scales, routing, tile, n, k, bias, gather, weighted, swiglu, num_xcds
+            y, x, w, own, routing, tile, n, k, bias, gather, weighted, swiglu, num_xcds
         )
         options = AMD_OPTIONS if torch.version.hip else {}
         kernel[grid](**args, **options, num_warps=num_warps, num_stages=num_stages)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from .epilogue import SwiGLU, finish, finish_reference
-from .formats import dequantize_mxfp4, mx_groups
+from .formats import dequantize_mxfp4, mx_groups, mx_pairs
 from .launch import describe, expect, launch
 from .routing import Routing, expert_tile, per_expert
 
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 def _moe_gemm_a8w4_kernel(
     y_ptr,  # [rows, n_out] bf16
     x_ptr,  # [tokens, k] fp8 if gathered, else [rows, k]
-    w_ptr,  # [experts, n, ceil(k / 2)] uint8, two e2m1 each
+    w_ptr,  # [experts, n, pairs] uint8, two e2m1 each
     x_scale_ptr,  # [1] fp32
-    w_scale_ptr,  # [experts, n, ceil(k / 32)] uint8, e8m0
+    w_scale_ptr,  # [experts, n, groups] uint8, e8m0
+    pairs,  # ceil(k / 2)
+    groups,  # ceil(k / 32)
     bias_ptr,  # [experts, n] fp32 or None
     weight_ptr,  # [rows] fp32 routing weights or None
     row_index_ptr,  # [rows] int32 token * top_k + slot, or None: x is in expert order
@@ -69,8 +71,6 @@ def _moe_gemm_a8w4_kernel(
     offs_group = tl.arange(0, BLOCK_K // 32)
     # Weights of all experts together can exceed 2^31 elements; one expert's do not.
     expert = expert.to(tl.int64)
-    pairs = tl.cdiv(k, 2)
-    groups = tl.cdiv(k, 32)
     x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
     w_ptrs = w_ptr + expert * n * pairs + offs_n[None, :] * pairs + offs_pair[:, None]
     w_scale_ptrs = (
@@ -83,11 +83,12 @@ def _moe_gemm_a8w4_kernel(
             w = tl.load(w_ptrs, cache_modifier=W_CACHE)
             w_scale = tl.load(w_scale_ptrs)
         else:
-            left = k - start_k
-            x = tl.load(x_ptrs, mask=(offs_k < left)[None, :], other=0.0)
-            in_pairs = offs_pair < tl.cdiv(left, 2)
+            # Differences, not quotients of what is left: the compiler sees how they align.
+            in_k = offs_k < k - start_k
+            in_pairs = offs_pair < pairs - start_k // 2
+            in_groups = offs_group < groups - start_k // 32
+            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=in_pairs[:, None], other=0, cache_modifier=W_CACHE)
-            in_groups = offs_group < tl.cdiv(left, 32)
             w_scale = tl.load(w_scale_ptrs, mask=in_groups[None, :], other=0)
         acc = tl.dot_scaled(x, None, "e4m3", w, w_scale, "e2m1", acc=acc, fast_math=True)
         x_ptrs += BLOCK_K
@@ -114,6 +115,7 @@ def _moe_gemm_a8w4_kernel(
 
 def source(problem: Problem, tile: Tile, target: Target) -> Source:
     """Describe the kernel to the compiler; needs no GPU."""
+    pairs, groups = mx_pairs(problem.k), mx_groups(problem.k)
     return describe(
         _moe_gemm_a8w4_kernel,
         problem,
@@ -121,10 +123,12 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         target,
         # dot_scaled takes OCP e4m3 alone, also where the matrix units have another kind.
         x_dtype="fp8e4nv",
-        w=TensorSpec((problem.experts, problem.n, -(-problem.k // 2)), "u8"),
-        scales={
+        w=TensorSpec((problem.experts, problem.n, pairs), "u8"),
+        own={
             "x_scale_ptr": TensorSpec((1,), "fp32"),
-            "w_scale_ptr": TensorSpec((problem.experts, problem.n, mx_groups(problem.k)), "u8"),
+            "w_scale_ptr": TensorSpec((problem.experts, problem.n, groups), "u8"),
+            "pairs": pairs,
+            "groups": groups,
         },
     )
 
@@ -167,17 +171,18 @@ def moe_gemm_a8w4(
     """
     import torch
 
-    expect("w", w, (None, None, -(-x.shape[-1] // 2)), (torch.uint8,), of=w)
-    experts, n, _ = w.shape
     k = x.shape[-1]
+    pairs, groups = mx_pairs(k), mx_groups(k)
+    expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
+    experts, n, _ = w.shape
     expect("x_scale", x_scale, (1,), (torch.float32,), of=w)
-    expect("w_scale", w_scale, (experts, n, mx_groups(k)), (torch.uint8,), of=w)
+    expect("w_scale", w_scale, (experts, n, groups), (torch.uint8,), of=w)
     return launch(
         _moe_gemm_a8w4_kernel,
         x,
         (torch.float8_e4m3fn,),
         w,
-        {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale},
+        {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "pairs": pairs, "groups": groups},
         routing,
         tile,
         k=k,
@@ -199,7 +204,7 @@ def cost(problem: Problem) -> Cost:
         flops=2 * problem.rows * problem.n * problem.k,
         bytes=(
             (problem.m if problem.gather else problem.rows) * problem.k
-            + weights * problem.n * (-(-problem.k // 2) + mx_groups(problem.k))
+            + weights * problem.n * (mx_pairs(problem.k) + mx_groups(problem.k))
             + problem.rows * problem.n_out * 2
         ),
     )

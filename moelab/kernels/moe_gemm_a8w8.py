@@ -108,7 +108,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         target,
         x_dtype=target.fp8,
         w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
-        scales={
+        own={
             "x_scale_ptr": TensorSpec((1,), "fp32"),
             "w_scale_ptr": TensorSpec((problem.experts,), "fp32"),
         },
