@@ -162,6 +162,7 @@ def specialize_source(
     source: Source, options: dict[str, Any], target: Target, async_copy: bool | None
 ) -> Launch:
     """Bind any kernel's launch; see `specialize`."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import ASTSource
 
     backend, bind = _binder(source.fn, target.name)
@@ -177,7 +178,8 @@ def specialize_source(
         )
     ast = ASTSource(source.fn, signature, constants, attributes)
     unpipelined = dataclasses.replace(parsed, num_stages=1)
-    identity = [triton_version(), target.name, ast.hash()]
+    environment = sorted(get_cache_invalidating_env_vars().items())
+    identity = [triton_version(), target.name, ast.hash(), environment]
     return Launch(
         ast,
         parsed.__dict__,

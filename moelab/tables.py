@@ -40,7 +40,7 @@ def shown(table: pd.DataFrame) -> HTML:
     constant = [name for name in table if table[name].nunique(dropna=False) == 1]
     if len(table) < 2 or len(constant) == table.shape[1]:
         constant = []
-    throughout = ", ".join(f"{name} {table[name].iloc[0]}" for name in constant)
+    throughout = ", ".join(f"{name} {_with_commas(table[name].iloc[0])}" for name in constant)
     lines = f"<p>Throughout: {escape(throughout)}.</p>" if throughout else ""
     body = table.drop(columns=constant)
     commas = dict.fromkeys(body.select_dtypes("number"), _with_commas)
@@ -49,8 +49,8 @@ def shown(table: pd.DataFrame) -> HTML:
     return HTML(lines + body.to_html(index=False, border=0, formatters=commas))
 
 
-def _with_commas(number: Any) -> str:
-    return number if number == "" else f"{number:,}"
+def _with_commas(value: Any) -> str:
+    return str(value) if isinstance(value, str) else f"{value:,}"
 
 
 def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -186,9 +186,9 @@ def _verdict(status: pd.Series) -> str:
         return "not compiled here"
     failed = status[status != "ok"]
     if failed.empty:
-        return f"passes ({len(status)} launches)"
+        return f"passes ({len(status)})"
     why = ", ".join("out of LDS" if name == "out_of_lds" else name for name in failed.unique())
-    return f"FAILS ({len(failed)} of {len(status)} launches {why})"
+    return f"FAILS ({len(failed)} of {len(status)} {why})"
 
 
 def conclusion(rows: pd.DataFrame) -> str:

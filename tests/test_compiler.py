@@ -250,3 +250,9 @@ def test_launches_of_different_code_have_different_keys():
     more_tokens = problems.problem("Qwen3-235B-A22B", 1, 1, 9728)
     same = dataclasses.replace(base, problem=more_tokens)
     assert compiler.specialize(same).key == compiler.specialize(base).key
+
+
+def test_a_switch_in_the_environment_is_part_of_the_key(monkeypatch):
+    before = compiler.specialize(configuration()).key
+    monkeypatch.setenv("TRITON_HIP_USE_BLOCK_PINGPONG", "0")
+    assert compiler.specialize(configuration()).key != before

@@ -290,10 +290,10 @@ def test_the_failing_test_is_told_under_every_policy():
     )
     # After #3372 a tile with 128 rows has 1 stage.
     assert found == {
-        BEFORE_OFF: "passes (2 launches)",
-        BEFORE_ON: "FAILS (1 of 2 launches out of LDS)",
-        FIRST_FIX: "passes (2 launches)",
-        LATER_FIX: "passes (2 launches)",
+        BEFORE_OFF: "passes (2)",
+        BEFORE_ON: "FAILS (1 of 2 out of LDS)",
+        FIRST_FIX: "passes (2)",
+        LATER_FIX: "passes (2)",
         "made to pass by": "#2723",
     }
 
@@ -301,14 +301,14 @@ def test_the_failing_test_is_told_under_every_policy():
 def test_a_policy_whose_stages_were_not_compiled_says_so():
     found = verdicts(*launches(two_on=["out_of_lds"]))
     assert found[BEFORE_OFF] == "not compiled here"
-    assert found[BEFORE_ON] == "FAILS (1 of 1 launches out of LDS)"
+    assert found[BEFORE_ON] == "FAILS (1 of 1 out of LDS)"
     assert found[FIRST_FIX] == found[LATER_FIX] == "not compiled here"
 
 
 def test_a_launch_that_failed_otherwise_is_not_called_out_of_lds():
     found = verdicts(*launches(two_on=["crashed", "ok"], one_on=["compile_error", "out_of_lds"]))
-    assert found[BEFORE_ON] == "FAILS (1 of 2 launches crashed)"
-    assert found[FIRST_FIX] == "FAILS (2 of 2 launches compile_error, out of LDS)"
+    assert found[BEFORE_ON] == "FAILS (1 of 2 crashed)"
+    assert found[FIRST_FIX] == "FAILS (2 of 2 compile_error, out of LDS)"
 
 
 def test_every_test_that_is_named_has_a_row_in_their_order():

@@ -149,6 +149,11 @@ def launch(
             f"tile {tile} has block_m = {tile.block_m}, but the routing was laid out for "
             f"block_m = {routing.block_m}; pass both the same"
         )
+    if max(x.numel(), n * k) >= 2**31:
+        raise ValueError(
+            f"x has {x.numel():,} elements and w {n * k:,} per expert; offsets within either are "
+            f"32-bit, so both must stay below {2**31:,}: split the batch or the weight"
+        )
     if swiglu is not None and n % 2:
         raise ValueError(f"w has n = {n}; SwiGLU pairs columns and needs n even")
     if out_dtype not in (None, torch.bfloat16, torch.float32):

@@ -17,7 +17,7 @@ from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from .epilogue import SwiGLU, finish, finish_reference
 from .formats import dequantize_mxfp4, mx_groups, mx_pairs
 from .launch import describe, expect, launch
-from .routing import Routing, expert_tile, per_expert
+from .routing import Routing, expert_tile, per_expert, tile_rows
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,7 @@ def _moe_gemm_a8w4_kernel(
     )
     if not exists:
         return
-    end = tl.load(expert_end_ptr + expert)
-    rows = row + tl.arange(0, BLOCK_M)
-    x_rows = tl.minimum(rows, end - 1)
-    if row_index_ptr is not None:
-        x_rows = tl.load(row_index_ptr + x_rows) // top_k
+    rows, row_mask, x_rows = tile_rows(row, expert, expert_end_ptr, row_index_ptr, top_k, BLOCK_M)
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % n
     offs_k = tl.arange(0, BLOCK_K)
     offs_pair = tl.arange(0, BLOCK_K // 2)
@@ -101,7 +97,7 @@ def _moe_gemm_a8w4_kernel(
         bias_ptr,
         weight_ptr,
         rows,
-        rows < end,
+        row_mask,
         expert,
         pid_n,
         n,

@@ -16,7 +16,7 @@ import triton.language as tl
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from .epilogue import SwiGLU, finish, finish_reference
 from .launch import describe, expect, launch
-from .routing import Routing, expert_tile, per_expert
+from .routing import Routing, expert_tile, per_expert, tile_rows
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +57,7 @@ def _moe_gemm_a8w8_kernel(
     )
     if not exists:
         return
-    end = tl.load(expert_end_ptr + expert)
-    rows = row + tl.arange(0, BLOCK_M)
-    x_rows = tl.minimum(rows, end - 1)
-    if row_index_ptr is not None:
-        x_rows = tl.load(row_index_ptr + x_rows) // top_k
+    rows, row_mask, x_rows = tile_rows(row, expert, expert_end_ptr, row_index_ptr, top_k, BLOCK_M)
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % n
     offs_k = tl.arange(0, BLOCK_K)
     # Weights of all experts together can exceed 2^31 elements; one expert's do not.
@@ -87,7 +83,7 @@ def _moe_gemm_a8w8_kernel(
         bias_ptr,
         weight_ptr,
         rows,
-        rows < end,
+        row_mask,
         expert,
         pid_n,
         n,

@@ -58,6 +58,27 @@ def expert_tile(
     return exists, expert, row, pid_n
 
 
+@triton.jit
+def tile_rows(
+    row,
+    expert,
+    expert_end_ptr,  # [experts] one past each expert's last row
+    row_index_ptr,  # [rows] token * top_k + slot, or None: x is in expert order
+    top_k,
+    BLOCK_M: tl.constexpr,
+):
+    """Find the tile's rows of y, which of them exist, and the rows of x they read.
+
+    Rows past the expert's end read its last one, so that no load needs a mask.
+    """
+    end = tl.load(expert_end_ptr + expert)
+    rows = row + tl.arange(0, BLOCK_M)
+    x_rows = tl.minimum(rows, end - 1)
+    if row_index_ptr is not None:
+        x_rows = tl.load(row_index_ptr + x_rows) // top_k
+    return rows, rows < end, x_rows
+
+
 @dataclass(frozen=True)
 class Routing:
     """Rows sorted by expert, and the tiles that cover them.

@@ -286,3 +286,33 @@ def test_the_grid_has_room_for_the_worst_routing(kernel, generator, recorder):
 def test_an_unknown_kernel_is_told_the_known_ones():
     with pytest.raises(ValueError, match=r"'moe_gemm'.*moe_gemm_a8w8, moe_gemm_a8w4"):
         load("moe_gemm")
+
+
+@every_kernel
+def test_offsets_beyond_32_bits_are_refused(kernel, generator):
+    """No such tensor is made: meta tensors have a size and no memory."""
+    given = arguments(kernel, generator, swiglu=None, bias=False)
+    k, experts, rows = 2**16, 4, 2**16
+    sizes = {
+        "x": (rows, k),
+        "w": (experts, 40, k if given["w"].dtype != torch.uint8 else k // 2),
+    }
+    if given["w"].dtype == torch.uint8:
+        sizes["w_scale"] = (experts, 40, k // 32)
+    for name, size in sizes.items():
+        given[name] = torch.empty(size, dtype=given[name].dtype, device="meta")
+    meta = {
+        field: torch.empty(size, dtype=torch.int32, device="meta")
+        for field, size in (
+            ("row_index", rows),
+            ("expert_end", experts),
+            ("tile_count", 1),
+            ("tile_expert", 5),
+            ("tile_row", 5),
+        )
+    }
+    given["routing"] = replace(given["routing"], top_k=1, **meta)
+    for name in ("x_scale", "w_scale"):
+        given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=r"x has 4,294,967,296 elements .* 2,147,483,648"):
+        getattr(load(kernel), kernel)(**given)
