@@ -1,12 +1,12 @@
 # make report and make test do all set-up; the other targets build on the same .venv.
 PYTHON ?= python3
-# A CPU build where the index has one: nothing here needs CUDA. Empty takes the newest.
+# First and alone: a CUDA build of PyTorch brings the one Triton that it works with, a CPU
+# build brings none and leaves the newest that pyproject.toml allows.
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.9.0
 VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 BIN := .venv/bin
 
-.PHONY: report test test-all bench versions check env clean
+.PHONY: report test test-all test-gpu bench versions check env clean
 .DEFAULT_GOAL := report
 
 env: .venv/ready
@@ -14,7 +14,8 @@ env: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet $(TORCH) $(TRITON) --editable . --group dev
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
 report: env
@@ -30,10 +31,14 @@ test-all: env
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 	$(MAKE) versions
 
+# The kernels on the GPU at hand, at full size.
+test-gpu: env
+	$(BIN)/python -m pytest tests/kernels
+
 bench: env
 	$(BIN)/python benchmarks/probe_against_compile.py
 
-# The probe against the full compile, with every Triton that it knows.
+# The probe against the full compile, with every Triton that it knows: 20 minutes.
 versions: env $(VERSIONS:%=.venv/triton/%)
 	for version in $(VERSIONS); do \
 	    PYTHONPATH=.venv/triton/$$version $(BIN)/python benchmarks/probe_against_compile.py \

@@ -17,17 +17,27 @@ import triton
 from triton.compiler.errors import TritonError
 
 from moelab import compiler, plan
+from moelab.kernels import KERNELS
 from moelab.parameters import as_list
 from moelab.specs import Configuration
-from moelab.targets import get
+from moelab.targets import TARGETS, get
 
-# The published rules' tiles and warps for the smallest, a middle and the largest block_m;
-# on NVIDIA, where those spill, such as its kernels use.
-AMD_TILES = {
+# The published rules' tiles and warps for the smallest, a middle and the largest block_m,
+# on the targets that they were made for; on Hopper, where those spill, such as its kernels
+# use; small ones elsewhere, where fp8 is emulated in a lot of code.
+RULED_TILES = {
     "moe_gemm_a8w8": (("16x64x256", 4), ("32x256x256", 8), ("128x256x256", 8)),
     "moe_gemm_a8w4": (("16x128x256", 4), ("32x256x256", 8), ("128x512x256", 8)),
 }
-NVIDIA_TILES = (("16x128x128", 4), ("64x128x128", 4), ("128x256x128", 8))
+HOPPER_TILES = (("16x128x128", 4), ("64x128x128", 4), ("128x256x128", 8))
+SMALL_TILES = (("16x64x64", 4), ("32x64x128", 4), ("64x64x64", 8))
+
+
+def tiles_of(kernel: str, target: str) -> tuple[tuple[str, int], ...]:
+    """Choose the tiles, each with its warps."""
+    if target in ("gfx942", "gfx950"):
+        return RULED_TILES[kernel]
+    return HOPPER_TILES if target == "sm_90" else SMALL_TILES
 
 
 def configurations(
@@ -35,9 +45,8 @@ def configurations(
 ) -> list[Configuration]:
     """Every kernel, tile and stage count of each target; layers in turn."""
     found = []
-    for kernel, target in itertools.product(AMD_TILES, targets):
-        tiles = AMD_TILES[kernel] if target.startswith("gfx") else NVIDIA_TILES
-        for layer, (tile, warps) in zip(itertools.cycle((1, 2)), tiles, strict=False):
+    for kernel, target in itertools.product(KERNELS, targets):
+        for layer, (tile, warps) in zip(itertools.cycle((1, 2)), tiles_of(kernel, target)):
             found += plan.grid(
                 kernels=kernel,
                 targets=target,
@@ -83,7 +92,7 @@ def main() -> int:
     parser.add_argument("--async-copy", choices=plan.ASYNC_COPY, default="default")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    targets = as_list(given.targets)
+    targets = list(TARGETS) if given.targets == "all" else as_list(given.targets)
     grid = configurations(targets, as_list(given.stages, int), given.async_copy)
     random.Random(given.seed).shuffle(grid)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")

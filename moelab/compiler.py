@@ -229,11 +229,11 @@ class _Allocated(Exception):
 
 def is_checked(target: Target) -> bool:
     """Tell whether the installed Triton's lowering is known, so that `lds` is quick."""
-    return _fingerprint(target.name) in CHECKED_LOWERINGS
+    return lowering_fingerprint(target.name) in CHECKED_LOWERINGS
 
 
 @functools.cache
-def _fingerprint(target: str) -> str:
+def lowering_fingerprint(target: str) -> str:
     """Fingerprint the code of a target's backend's `make_ttir` and `make_llir`."""
     from triton.compiler.compiler import make_backend
 
