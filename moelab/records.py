@@ -107,10 +107,16 @@ class Journal:
         self._file: int | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row."""
+        """Write one row.
+
+        Raises:
+            OSError: it can't be written whole.
+        """
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.write(self._file, (json.dumps(_plain(row)) + "\n").encode())
+        line = (json.dumps(_plain(row)) + "\n").encode()
+        if os.write(self._file, line) != len(line):
+            raise OSError(f"{self.path}: a row was written in part; is the disk full?")
 
     def __enter__(self) -> Journal:
         return self
@@ -138,8 +144,8 @@ def journalled(store: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 row = json.loads(line)
-                schema = row.get("schema", 0)
-            except (ValueError, AttributeError):
+                schema, _ = row["schema"], row["status"]
+            except (ValueError, TypeError, KeyError):
                 warnings.warn(f"{path}:{number} is not a row; left out", stacklevel=2)
                 continue
             if schema > SCHEMA_VERSION:

@@ -104,9 +104,15 @@ def test_columns_are_typed_whatever_is_in_them(tmp_path, rows):
 
 
 def test_columns_that_a_row_lacks_are_missing_and_others_are_left_out(tmp_path):
-    write(tmp_path, {"kernel": "moe_gemm_a8w8", "schema": 1, "colour": "blue"})
-    row = records.read(tmp_path).iloc[0].dropna()
-    assert row.to_dict() == {"kernel": "moe_gemm_a8w8", "schema": 1}
+    given = {"kernel": "moe_gemm_a8w8", "status": "ok", "schema": 1}
+    write(tmp_path, given | {"colour": "blue"})
+    assert records.read(tmp_path).iloc[0].dropna().to_dict() == given
+
+
+def test_a_line_that_is_json_but_no_row_is_left_out(tmp_path):
+    write(tmp_path, ROW, {"kernel": "moe_gemm_a8w8"})
+    with pytest.warns(UserWarning, match=r"jsonl:2 is not a row; left out"):
+        assert len(records.read(tmp_path)) == 1
 
 
 def test_of_rows_with_the_same_key_the_last_stays(tmp_path):

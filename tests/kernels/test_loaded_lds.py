@@ -1,0 +1,98 @@
+"""What the compiler is asked without a GPU is what the GPU loads, or refuses to load."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grouped_gemm import PLAIN, every_kernel, make, spread
+
+from moelab import compiler
+from moelab.kernels import load
+from moelab.specs import Configuration, Problem, Tile
+from moelab.targets import TARGETS
+
+SHAPE = {"experts": 4, "n": 512, "k": 1056}
+
+
+class Spy:
+    """Launch a kernel and keep what was loaded."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.loaded = None
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.loaded = self.kernel[grid](**arguments)
+
+        return launch
+
+
+def installed_target():
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if name not in TARGETS:
+        pytest.skip(f"{name} is no target of moelab")
+    return TARGETS[name]
+
+
+@pytest.mark.gpu
+@every_kernel
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("tile", "num_warps"),
+    [(Tile(16, 128, 128), 4), (Tile(64, 128, 128), 4), (Tile(128, 256, 128), 8)],
+    ids=str,
+)
+def test_the_gpu_loads_the_lds_that_was_told(
+    kernel, tile, num_warps, num_stages, layer, device_generator, monkeypatch
+):
+    from triton.runtime.errors import OutOfResources
+
+    target = installed_target()
+    first = layer == 1
+    problem = Problem(
+        "test", layer, 1, 64, SHAPE["experts"], 2, SHAPE["n"], SHAPE["k"], first, first, not first
+    )
+    switch = compiler.default_async_copy(target)
+    configuration = Configuration(kernel, problem, tile, num_warps, num_stages, switch, target.name)
+    told = compiler.lds(compiler.specialize(configuration))
+
+    case = make(
+        kernel,
+        device_generator,
+        spread(device_generator, m=problem.m, experts=problem.experts, top_k=problem.top_k),
+        tile,
+        **SHAPE,
+        gather=problem.gather,
+        weighted=problem.weighted,
+        swiglu=PLAIN if problem.swiglu else None,
+        bias=problem.bias,
+    )
+    module = load(kernel)
+    spy = Spy(getattr(module, f"_{kernel}_kernel"))
+    monkeypatch.setattr(module, f"_{kernel}_kernel", spy)
+
+    def launch():
+        getattr(module, kernel)(
+            case.x,
+            case.w,
+            case.x_scale,
+            case.w_scale,
+            case.routing,
+            tile,
+            **case.options,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            num_xcds=target.xcds,
+        )
+
+    if told.lds_bytes <= target.lds_limit:
+        launch()
+        assert spy.loaded.metadata.shared == told.lds_bytes
+    else:
+        with pytest.raises(OutOfResources, match=f"Required: {told.lds_bytes}"):
+            launch()
