@@ -7,6 +7,8 @@ Registered as the entry point ``moelab`` of papermill, so that
 from __future__ import annotations
 
 import os
+import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from traitlets import Unicode
 from traitlets.config import Config
 
 # papermill loads its entry points, this one among them, while it is being imported. Where
@@ -25,25 +28,36 @@ MoelabEngine: Any = None
 from papermill.engines import NBClientEngine, papermill_engines  # noqa: E402
 
 
-class _ThisInterpreter(AsyncKernelManager):
+class ThisInterpreter(AsyncKernelManager):
     """Start a kernel of the environment that runs papermill.
 
     The name of a kernelspec isn't looked up: a `python3` in the user's data
     folder comes before the environment's own.
     """
 
+    progress = Unicode(os.devnull, help="Where the kernel shows progress bars.").tag(config=True)
+
     @property
     def kernel_spec(self) -> KernelSpec:
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
     async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
-        # A progress bar belongs on this process's stderr, not in the notebook.
         # ipykernel copies what compiled libraries print into the notebook, and
         # lets it through to our stdout too. In a file it can outlive a crash,
         # which the copy on its way to the notebook doesn't.
         with Path(self.connection_file).with_name("kernel.log").open("wb") as log:
-            env = {**os.environ, "MOELAB_PROGRESS": f"/proc/{os.getpid()}/fd/2"}
+            env = {**os.environ, "MOELAB_PROGRESS": self.progress}
             await super().start_kernel(stdout=log, stderr=log, env=env, **kwargs)
+
+
+def _terminal() -> str:
+    """Name this process's stderr for others: progress belongs there, not in the notebook.
+
+    A log file is no such place: two writers would overwrite each other.
+    """
+    if sys.platform == "linux" and not stat.S_ISREG(os.fstat(2).st_mode):
+        return f"/proc/{os.getpid()}/fd/2"
+    return os.devnull
 
 
 class _Engine(NBClientEngine):
@@ -67,8 +81,11 @@ class _Engine(NBClientEngine):
             connection = {"connection_file": os.path.join(folder, "kernel.json")}
             if os.name == "posix" and len(os.fsencode(folder)) < 85:
                 connection["transport"] = "ipc"
-            kwargs["kernel_manager_class"] = _ThisInterpreter
-            kwargs["config"] = Config(KernelManager=connection)
+            kwargs["kernel_manager_class"] = ThisInterpreter
+            progress = os.devnull if nb_man.pbar is None else _terminal()
+            kwargs["config"] = Config(
+                KernelManager=connection, ThisInterpreter={"progress": progress}
+            )
             try:
                 return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
             except (DeadKernelError, CellTimeoutError) as error:

@@ -315,6 +315,33 @@ def test_import_leaves_papermill_and_nbconvert_alone():
     assert process.stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("to_file", "progress", "shown"),
+    [(False, True, True), (True, True, False), (False, False, False)],
+)
+def test_progress_goes_to_a_terminal_or_pipe_and_leaves_a_log_file_alone(
+    tmp_path, to_file, progress, shown
+):
+    bar = "import os\nopen(os.environ['MOELAB_PROGRESS'], 'w').write('9 of 10')"
+    source = write(tmp_path / "bar.ipynb", code(bar))
+    script = (
+        "from pathlib import Path; from moelab.report import render; import sys; "
+        f"render({str(source)!r}, {{}}, Path({str(tmp_path / 'out')!r}), progress={progress})"
+    )
+    log = tmp_path / "log"
+    log.write_text("kept ")
+    with log.open("a") as file:
+        process = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            stderr=file if to_file else subprocess.PIPE,
+            check=True,
+        )
+    said = log.read_text() if to_file else process.stderr.decode()
+    assert ("9 of 10" in said) is shown
+    assert log.read_text().startswith("kept ")
+
+
 def test_the_engine_is_papermills_entry_point():
     from importlib.metadata import entry_points
 
