@@ -87,6 +87,25 @@ def test_an_unknown_lowering_is_compiled_in_full_and_says_so(monkeypatch):
     assert quick.lds_bytes == slow.lds_bytes
 
 
+def test_a_pipeline_that_never_allocates_is_compiled_in_full(monkeypatch):
+    launch = compiler.specialize(configuration())
+    quick = compiler.lds(launch)
+    backend = type(launch.backend)
+    add_stages = backend.add_stages
+
+    def without_allocation(self, stages, options, language):
+        add_stages(self, stages, options, language)
+        lower = stages["llir"]
+        # Of two pipelines, the first is the probe's, which gets no pass to leave after.
+        stages["llir"] = lower if seen else lambda module, metadata: module
+        seen.append(self)
+
+    seen = []
+    monkeypatch.setattr(backend, "add_stages", without_allocation)
+    slow = compiler.lds(launch)
+    assert (slow.method, slow.lds_bytes) == ("full", quick.lds_bytes)
+
+
 class _StandInDriver:
     """Answers what `JITFunction.run` asks before it compiles."""
 
