@@ -132,6 +132,12 @@ class Case:
             "swiglu": self.swiglu,
         }
 
+    def run(self, tile: Tile, **launch) -> torch.Tensor:
+        """Call the launcher as its users do."""
+        tensors = (self.x, self.w, self.x_scale, self.w_scale)
+        launcher = getattr(load(self.kernel), self.kernel)
+        return launcher(*tensors, self.routing, tile, **self.options, **launch)
+
     def launch(self, tile: Tile, *, out_dtype=torch.float32, **launch) -> torch.Tensor:
         """Run the kernel between fences and into poisoned memory."""
         warps, stages = WARPS_AND_STAGES[self.kernel, tile]

@@ -243,18 +243,7 @@ def test_the_compiler_is_told_of_the_launch_that_is_made(
     module = load(kernel)
     # Looked up before the launch, which the recorder then takes.
     described = module.source(of, SMALL, target).args
-    getattr(module, kernel)(
-        case.x,
-        case.w,
-        case.x_scale,
-        case.w_scale,
-        case.routing,
-        SMALL,
-        num_warps=4,
-        num_stages=3,
-        num_xcds=target.xcds,
-        **case.options,
-    )
+    case.run(SMALL, num_warps=4, num_stages=3, num_xcds=target.xcds)
     launched = {
         name: TensorSpec(tuple(value.shape), DTYPES[value.dtype])
         if isinstance(value, torch.Tensor)

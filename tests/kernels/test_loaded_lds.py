@@ -76,23 +76,10 @@ def test_the_gpu_loads_the_lds_that_was_told(
     spy = Spy(getattr(module, f"_{kernel}_kernel"))
     monkeypatch.setattr(module, f"_{kernel}_kernel", spy)
 
-    def launch():
-        getattr(module, kernel)(
-            case.x,
-            case.w,
-            case.x_scale,
-            case.w_scale,
-            case.routing,
-            tile,
-            **case.options,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            num_xcds=target.xcds,
-        )
-
+    options = {"num_warps": num_warps, "num_stages": num_stages, "num_xcds": target.xcds}
     if told.lds_bytes <= target.lds_limit:
-        launch()
+        case.run(tile, **options)
         assert spy.loaded.metadata.shared == told.lds_bytes
     else:
         with pytest.raises(OutOfResources, match=f"Required: {told.lds_bytes}"):
-            launch()
+            case.run(tile, **options)
