@@ -83,21 +83,21 @@ def grid(
 PARAMETERS = tuple(inspect.signature(grid).parameters)
 
 
-def seed_tests(target: str = "gfx950") -> list[Configuration]:
-    """Plan every launch of the seed's tests: before async copy, and under each policy since.
+def aiter_tests(target: str = "gfx950") -> list[Configuration]:
+    """Plan every launch of aiter's tests: before async copy, and under each policy since.
 
     Args:
         target: where the tests run, one with the async-copy switch.
     """
     configurations = []
-    for test in problems.SEED_TESTS:
+    for test in problems.AITER_TESTS:
         if test.kernel not in KERNELS:
             continue
         for problem in test.problems():
             tile, num_warps = problems.ruled_tile(test.kernel, problem)
             scenarios = {
                 (problems.ruled_stages(policy, test.kernel, target, tile), switch)
-                for policy, switch in problems.SEED_SCENARIOS
+                for policy, switch in problems.AITER_SCENARIOS
             }
             configurations += [
                 Configuration(test.kernel, problem, tile, num_warps, stages, switch, target)

@@ -223,7 +223,7 @@ def ruled_stages(policy: str, kernel: str, target: str, tile: Tile) -> int:
 
 
 @dataclass(frozen=True)
-class SeedTest:
+class AiterTest:
     """A test file that ROCm/aiter#2723 names, and the shapes it runs.
 
     Args:
@@ -260,11 +260,11 @@ class SeedTest:
 
 
 # Stage policy and async copy, in the order in which they happened.
-SEED_SCENARIOS = ((BEFORE, False), (BEFORE, True), (FIRST_FIX, True), (LATER_FIX, True))
+AITER_SCENARIOS = ((BEFORE, False), (BEFORE, True), (FIRST_FIX, True), (LATER_FIX, True))
 
-SEED_TESTS = (
-    SeedTest("test_moe_gemm_a4w4", "moe_gemm_a4w4", "#2723"),
-    SeedTest(
+AITER_TESTS = (
+    AiterTest("test_moe_gemm_a4w4", "moe_gemm_a4w4", "#2723"),
+    AiterTest(
         "test_moe_gemm_a8w4",
         "moe_gemm_a8w4",
         "#2723",
@@ -278,13 +278,13 @@ SEED_TESTS = (
             (300, 400, 800, 8, 4),
         ),
     ),
-    SeedTest(
+    AiterTest(
         "test_moe_gemm_a8w8",
         "moe_gemm_a8w8",
         "#2723",
         ((4096, 7168, 4096, 256, 8), (300, 400, 400, 8, 2)),
     ),
-    SeedTest("test_moe_gemm_a8w8_blockscale", "moe_gemm_a8w8_blockscale", "not by #2723"),
-    SeedTest("test_ff_a16w16_fused", "ff_a16w16_fused", "#2940"),
-    SeedTest("test_fused_gemm_afp4wfp4_a16w16", "fused_gemm_afp4wfp4_a16w16", "#2784"),
+    AiterTest("test_moe_gemm_a8w8_blockscale", "moe_gemm_a8w8_blockscale", "not by #2723"),
+    AiterTest("test_ff_a16w16_fused", "ff_a16w16_fused", "#2940"),
+    AiterTest("test_fused_gemm_afp4wfp4_a16w16", "fused_gemm_afp4wfp4_a16w16", "#2784"),
 )

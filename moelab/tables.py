@@ -40,7 +40,9 @@ def shown(table: pd.DataFrame) -> HTML:
     constant = [name for name in table if table[name].nunique(dropna=False) == 1]
     if len(table) < 2 or len(constant) == table.shape[1]:
         constant = []
-    throughout = ", ".join(f"{name} {_with_commas(table[name].iloc[0])}" for name in constant)
+    # What is missing throughout says nothing, above the table or in it.
+    stated = [name for name in constant if table[name].notna().all()]
+    throughout = ", ".join(f"{name} {_with_commas(table[name].iloc[0])}" for name in stated)
     lines = f"<p>Throughout: {escape(throughout)}.</p>" if throughout else ""
     body = table.drop(columns=constant)
     commas = dict.fromkeys(body.select_dtypes("number"), _with_commas)
@@ -152,11 +154,11 @@ def largest_stages(rows: pd.DataFrame) -> pd.DataFrame:
     return _in_tile_order(table.astype({name: "Int64" for name in columns}))
 
 
-def seed_tests(rows: pd.DataFrame) -> pd.DataFrame:
+def aiter_tests(rows: pd.DataFrame) -> pd.DataFrame:
     """Re-derive which test files fail for want of LDS, under every stage policy.
 
     Args:
-        rows: of `plan.seed_tests`.
+        rows: of `plan.aiter_tests`.
     Returns:
         one row per test file that ROCm/aiter#2723 names: the verdict with async copy
         off, then with it on under each policy; what made it pass in the end.
@@ -165,10 +167,10 @@ def seed_tests(rows: pd.DataFrame) -> pd.DataFrame:
 
     rows = labelled(rows)
     table = []
-    for test in problems.SEED_TESTS:
+    for test in problems.AITER_TESTS:
         of_test = rows[rows["model"] == test.name]
         verdicts = {}
-        for policy, switch in problems.SEED_SCENARIOS:
+        for policy, switch in problems.AITER_SCENARIOS:
             ruled = [
                 problems.ruled_stages(policy, row.kernel, row.target, Tile.parse(row.tile))
                 for row in of_test.itertuples()

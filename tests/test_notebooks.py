@@ -155,8 +155,8 @@ def test_the_page_holds_what_the_rows_say(rendered):
 def test_the_failing_tests_are_in_the_store_too(rendered):
     folder, _ = rendered
     rows = records.read(folder / "rows")
-    assert len(rows[rows["model"].str.startswith("test_")]) == len(plan.seed_tests())
-    found = tables.seed_tests(rows).set_index("test")
+    assert len(rows[rows["model"].str.startswith("test_")]) == len(plan.aiter_tests())
+    found = tables.aiter_tests(rows).set_index("test")
     assert found.loc["test_moe_gemm_a8w8", "before #2723, async copy off"].startswith("passes")
 
 

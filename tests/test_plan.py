@@ -216,7 +216,7 @@ def test_the_parameters_are_those_of_the_command_line_and_the_notebooks():
 
 
 def test_each_launch_of_the_failing_tests_is_asked_under_every_policy():
-    found = plan.seed_tests()
+    found = plan.aiter_tests()
     # 7 shapes of a8w4 and 2 of a8w8, 8 launches each, under 3 distinct settings.
     assert len(found) == len(set(found)) == 9 * 8 * 3
     by_problem = {}

@@ -249,11 +249,11 @@ def test_a_tile_beyond_the_rules_and_an_unknown_policy_raise():
 
 
 def test_each_shape_runs_with_and_without_gather_weights_and_swiglu():
-    for test in problems.SEED_TESTS:
+    for test in problems.AITER_TESTS:
         found = list(test.problems())
         assert len(found) == len(set(found)) == 8 * len(test.shapes)
         assert {problem.model for problem in found} <= {test.name}
 
 
 def test_every_kernel_here_has_its_failing_test():
-    assert set(kernels.KERNELS) <= {test.kernel for test in problems.SEED_TESTS if test.shapes}
+    assert set(kernels.KERNELS) <= {test.kernel for test in problems.AITER_TESTS if test.shapes}

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from moelab import problems, records, tables
-from moelab.problems import SEED_TESTS
+from moelab.problems import AITER_TESTS
 
 LIMIT = 1000
 PROBLEM = asdict(problems.problem("Llama4 Maverick", 1, 1, 512))
@@ -65,7 +65,7 @@ def test_frames_without_pairs_raise_nowhere(rows):
     for question in (tables.statuses, tables.lds_by_stages, tables.largest_stages):
         assert len(question(rows)) <= len(rows)
         assert tables.shown(question(rows)).data
-    assert set(tables.seed_tests(rows).iloc[0, 1:5]) == {"not compiled here"}
+    assert set(tables.aiter_tests(rows).iloc[0, 1:5]) == {"not compiled here"}
     assert isinstance(tables.conclusion(rows), str)
     pd.testing.assert_frame_equal(rows, before)
 
@@ -253,7 +253,7 @@ BEFORE_OFF, BEFORE_ON, FIRST_FIX, LATER_FIX = (
     "after #2723, async copy on",
     "after #3372, async copy on",
 )
-A8W8 = next(test for test in SEED_TESTS if test.name == "test_moe_gemm_a8w8")
+A8W8 = next(test for test in AITER_TESTS if test.name == "test_moe_gemm_a8w8")
 
 
 def launches(test=A8W8, **statuses):
@@ -276,7 +276,7 @@ def launches(test=A8W8, **statuses):
 
 
 def verdicts(*rows, test=A8W8):
-    table = tables.seed_tests(frame(*rows)).set_index("test")
+    table = tables.aiter_tests(frame(*rows)).set_index("test")
     return table.loc[test.name].to_dict()
 
 
@@ -312,8 +312,8 @@ def test_a_launch_that_failed_otherwise_is_not_called_out_of_lds():
 
 
 def test_every_test_that_is_named_has_a_row_in_their_order():
-    table = tables.seed_tests(frame(*launches(two_off=["ok"])))
-    assert list(table["test"]) == [test.name for test in SEED_TESTS]
+    table = tables.aiter_tests(frame(*launches(two_off=["ok"])))
+    assert list(table["test"]) == [test.name for test in AITER_TESTS]
     assert dict(zip(table["test"], table["made to pass by"], strict=True)) == {
         "test_moe_gemm_a4w4": "#2723",
         "test_moe_gemm_a8w4": "#2723",
@@ -406,3 +406,13 @@ def test_shown_escapes_html_in_columns_cells_and_above():
     html = tables.shown(table).data
     assert attack not in html
     assert html.count("&lt;script&gt;") == 3
+
+
+def test_what_is_missing_throughout_is_not_shown():
+    import pandas as pd
+
+    table = pd.DataFrame({"tile": ["a", "b"], "limit": [1000, 1000], "free": [None, None]})
+    page = tables.shown(table.astype({"free": "Int64"})).data
+    assert "Throughout: limit 1,000." in page
+    assert "free" not in page
+    assert "NA" not in page
