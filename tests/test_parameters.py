@@ -130,11 +130,16 @@ def kernel_of(tmp_path, monkeypatch):
 
     def start(python, *arguments):
         script = tmp_path / "papermill"
-        script.write_text("read line\n")
+        script.write_text("echo ready\nread line\n")
         process = subprocess.Popen(
-            [str(python), str(script), *arguments], executable="/bin/sh", stdin=subprocess.PIPE
+            [str(python), str(script), *arguments],
+            executable="/bin/sh",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         started.append(process)
+        # Popen returns within exec, when /proc may not have the command line yet.
+        assert process.stdout.readline() == b"ready\n"
         monkeypatch.setenv("JPY_PARENT_PID", str(process.pid))
 
     yield start
