@@ -1,4 +1,4 @@
-"""Rows sorted by expert, tiles over them, and the programs' walk."""
+"""The compiler's view of a routing, a tile's rows, and the programs' walk over tiles."""
 
 from __future__ import annotations
 
@@ -8,98 +8,28 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from grouped_gemm import counted, spread
 
 from moelab.kernels.launch import GROUP_M
-from moelab.kernels.routing import expert_tile, route
+from moelab.kernels.router import route
+from moelab.kernels.routing import describe, expert_tile, tile_rows
 from moelab.problems import max_tiles
+from moelab.specs import Problem, TensorSpec, Tile
+from moelab.workloads import draw
 
-# Tokens of each expert, in tiles of 16 rows.
-DISTRIBUTIONS = {
-    "some empty": (5, 0, 17, 0),
-    "one token each": (1, 1, 1, 1),
-    "all on the first": (33, 0, 0, 0),
-    "all on the last": (0, 0, 0, 33),
-    "only full tiles": (16, 32, 0, 16),
-    "one row past a tile": (17, 33, 1, 0),
-    "one token": (0, 1, 0, 0),
-    "no token": (0, 0, 0, 0),
-    "one expert": (40,),
-}
-every_distribution = pytest.mark.parametrize("counts", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+TYPES = {"i32": torch.int32, "fp32": torch.float32}
 
 
-def routed(generator, counts, block_m=16):
-    expert = counted(generator, counts)
-    weight = torch.rand(expert.shape, generator=generator)
-    return expert, weight, route(expert, weight, len(counts), block_m)
-
-
-@every_distribution
-def test_row_index_is_a_permutation_sorted_by_expert(counts, generator):
-    expert, _, routing = routed(generator, counts)
-    assert routing.row_index.sort().values.tolist() == list(range(sum(counts)))
-    owner = expert.flatten()[routing.row_index.long()].tolist()
-    assert owner == sorted(owner)
-    # Within an expert tokens keep their order, so that x is read forwards.
-    keys = list(zip(owner, routing.row_index.tolist(), strict=True))
-    assert keys == sorted(keys)
-
-
-@every_distribution
-def test_expert_end_is_the_running_count(counts, generator):
-    _, _, routing = routed(generator, counts)
-    assert routing.expert_end.tolist() == list(itertools.accumulate(counts))
-
-
-@pytest.mark.parametrize("top_k", [1, 3, 8])
-def test_a_row_keeps_its_token_slot_and_weight(top_k, generator):
-    expert = spread(generator, m=13, experts=8, top_k=top_k)
-    weight = torch.rand(expert.shape, generator=generator)
-    routing = route(expert, weight, experts=8, block_m=16)
-    assert routing.top_k == top_k
-    ends = routing.expert_end.tolist()
-    for row, index in enumerate(routing.row_index.tolist()):
-        token, slot = divmod(index, top_k)
-        e = int(expert[token, slot])
-        assert ([0, *ends][e]) <= row < ends[e]
-        assert routing.weight[row] == weight[token, slot]
-
-
-@every_distribution
-@pytest.mark.parametrize("block_m", [16, 32])
-def test_tiles_cover_every_row_once_and_never_two_experts(counts, block_m, generator):
-    _, _, routing = routed(generator, counts, block_m)
-    ends = routing.expert_end.tolist()
-    count = int(routing.tile_count)
-    covered = []
-    for e, row in zip(
-        routing.tile_expert[:count].tolist(), routing.tile_row[:count].tolist(), strict=True
-    ):
-        rows = range(row, min(row + block_m, ends[e]))
-        assert [0, *ends][e] <= row < ends[e], f"tile at row {row} is outside expert {e}"
-        covered += rows
-    assert covered == list(range(sum(counts)))
-
-
-@every_distribution
-def test_kernels_get_the_types_they_read(counts, generator):
-    _, _, routing = routed(generator, counts)
-    for name in ("row_index", "expert_end", "tile_count", "tile_expert", "tile_row"):
-        assert getattr(routing, name).dtype == torch.int32, name
-    assert routing.weight.dtype == torch.float32
-    assert routing.tile_count.shape == (1,)
-    assert routing.tile_expert.shape == routing.tile_row.shape
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
-def test_any_integer_type_of_experts_routes_alike(dtype, generator):
-    expert = spread(generator, m=9, experts=5, top_k=2)
-    weight = torch.rand(expert.shape, generator=generator)
-    expected = route(expert, weight, 5, 16)
-    got = route(expert.to(dtype), weight, 5, 16)
-    for name in ("row_index", "expert_end", "tile_expert", "tile_row", "weight"):
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+@pytest.mark.parametrize("m", [0, 3, 100])
+def test_the_compiler_is_told_the_shapes_that_a_launch_gets(m, generator):
+    problem = Problem("test", 1, 1, m, 12, 4, 64, 64, gather=True, swiglu=True, weighted=False)
+    told = describe(problem, Tile(16, 32, 64))
+    given = route(*draw("uniform", m, 12, 4, generator), experts=12, block_m=16)
+    assert told.block_m == given.block_m
+    assert told.top_k == given.top_k
+    for name, spec in vars(told).items():
+        if isinstance(spec, TensorSpec):
+            tensor = getattr(given, name)
+            assert (spec.shape, TYPES[spec.dtype]) == (tuple(tensor.shape), tensor.dtype), name
 
 
 def test_max_tiles_is_the_worst_of_all_distributions():
@@ -114,37 +44,56 @@ def test_max_tiles_is_the_worst_of_all_distributions():
         assert got == worst, f"{rows} rows, {experts} experts, block_m {block_m}"
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1, 34), (1, 1, 0, 0), (17, 1, 1, 17)])
-def test_the_worst_routing_fills_every_tile(counts, generator):
-    _, _, routing = routed(generator, counts)
-    assert int(routing.tile_count) == routing.tile_expert.numel()
+@triton.jit
+def _rows(
+    found_ptr,  # [4, BLOCK_M] int64: rows, whether they exist, rows of x and of y
+    row,
+    expert,
+    expert_end_ptr,
+    gather_ptr,
+    scatter_ptr,
+    BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    rows, row_mask, x_rows, y_rows = tile_rows(
+        row, expert, expert_end_ptr, gather_ptr, scatter_ptr, BLOCK_M, WIDE
+    )
+    if WIDE:
+        tl.static_assert(x_rows.dtype == tl.int64)
+        tl.static_assert(y_rows.dtype == tl.int64)
+    pointers = found_ptr + tl.arange(0, BLOCK_M)
+    tl.store(pointers, rows.to(tl.int64))
+    tl.store(pointers + BLOCK_M, row_mask.to(tl.int64))
+    tl.store(pointers + 2 * BLOCK_M, x_rows.to(tl.int64))
+    tl.store(pointers + 3 * BLOCK_M, y_rows.to(tl.int64))
 
 
-@pytest.mark.parametrize(
-    ("expert", "weight", "shown"),
-    [
-        ((3, 2), (3, 1), ("expert (3, 2)", "weight (3, 1)", "[tokens, top_k]")),
-        ((6,), (6,), ("expert (6,)", "weight (6,)", "[tokens, top_k]")),
-        ((2, 3, 1), (2, 3, 1), ("expert (2, 3, 1)", "[tokens, top_k]")),
-    ],
-)
-def test_shapes_that_disagree_are_shown(expert, weight, shown):
-    with pytest.raises(ValueError) as error:
-        route(torch.zeros(expert, dtype=torch.int64), torch.zeros(weight), 4, 16)
-    for words in shown:
-        assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("experts_given", "shown"),
-    [([[0, 4]], "0 to 4"), ([[-1, 3]], "-1 to 3"), ([[9], [2]], "2 to 9")],
-)
-def test_experts_out_of_range_are_shown(experts_given, shown):
-    expert = torch.tensor(experts_given)
-    with pytest.raises(ValueError) as error:
-        route(expert, torch.ones(expert.shape), experts=4, block_m=16)
-    for words in (shown, "experts=4", "0 to 3"):
-        assert words in str(error.value)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_tile_finds_its_rows_and_repeats_the_last(gather, scatter, wide, device, generator):
+    """Expert 1 has rows 5 to 16; its second tile of 8 starts at 13 and has 4."""
+    expert_end = torch.tensor([5, 17, 40], dtype=torch.int32, device=device)
+    gather_index, scatter_index = (
+        torch.randperm(40, generator=generator).int().to(device) for _ in range(2)
+    )
+    found = torch.full((4, 8), -1, device=device)
+    _rows[(1,)](
+        found,
+        13,
+        1,
+        expert_end,
+        gather_index if gather else None,
+        scatter_index if scatter else None,
+        BLOCK_M=8,
+        WIDE=wide,
+    )
+    rows, row_mask, x_rows, y_rows = found.tolist()
+    expected = [13, 14, 15, 16, 16, 16, 16, 16]
+    assert rows == expected
+    assert row_mask == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert x_rows == (gather_index[expected].tolist() if gather else expected)
+    assert y_rows == (scatter_index[expected].tolist() if scatter else expected)
 
 
 @triton.jit
