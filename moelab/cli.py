@@ -44,6 +44,9 @@ def app() -> None:
 @click.option("--layer", default="1", help="1 (gather, SwiGLU), 2 (routing weights), or all.")
 @click.option("--tp", default="1", help="Tensor parallelism; all: 1,2,4,8.")
 @click.option("--m", default="8704", help="Tokens before top-k; all: 512 to 15872.")
+@click.option("--x-format", help="Of x, where the kernel takes several: fp8, mxfp8.")
+@click.option("--y-format", default="bf16", help="Of y: bf16, fp32, fp8, mxfp8.")
+@click.option("--scale-layout", default="rows", help="Of mx weight scales: rows, cdna4.")
 @click.option("--full", is_flag=True, help="Compile to the end: registers, spills, occupancy.")
 @click.option(
     "--export",
@@ -67,6 +70,9 @@ def sweep(
     layer: str,
     tp: str,
     m: str,
+    x_format: str | None,
+    y_format: str,
+    scale_layout: str,
     full: bool,
     export: Path | None,
     store: Path,
@@ -96,6 +102,9 @@ def sweep(
             warps=warps,
             stages=stages,
             async_copy=async_copy,
+            x_format=x_format,
+            y_format=y_format,
+            scale_layout=scale_layout,
         )
         rows = sweep_.run(configurations, store, full=full, jobs=jobs)
         if export is not None:
@@ -118,7 +127,7 @@ def _show(rows: pd.DataFrame) -> None:
     if len(rows) > _READABLE_ROWS:
         click.echo(tables.statuses(rows).to_string(index=False))
     else:
-        problem = ["model", "layer", "tp", "m"]
+        problem = ["model", "layer", "tp", "m", "x_format", "y_format", "scale_layout"]
         varying = [name for name in problem if rows[name].nunique() > 1]
         shown = [*tables.TILING, "num_stages", tables.ASYNC_COPY]
         answer = ["lds_bytes", "lds_limit", "status", "registers", "spilled_registers"]

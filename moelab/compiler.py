@@ -88,7 +88,7 @@ class Resources:
 
 
 class CompileError(Exception):
-    """The compiler rejected the kernel; the message is its own."""
+    """The compiler rejected the kernel, or the kernel the tile; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,14 @@ def specialize(configuration: Configuration) -> Launch:
 
     Raises:
         ValueError: unknown kernel or target; the message lists those there are.
+        CompileError: the kernel can't take the tile or a format.
     """
     target = targets.get(configuration.target)
-    source = kernels.load(configuration.kernel).source(
-        configuration.problem, configuration.tile, target
-    )
+    kernel = kernels.load(configuration.kernel)
+    try:
+        source = kernel.source(configuration.problem, configuration.tile, target)
+    except ValueError as refused:
+        raise CompileError(f"{configuration.kernel}: {refused}") from refused
     options = {
         **source.options,
         "num_warps": configuration.num_warps,

@@ -9,11 +9,12 @@ import difflib
 import inspect
 import itertools
 from collections.abc import Collection
+from dataclasses import replace
 
 from . import compiler, problems
 from .kernels import KERNELS
 from .parameters import ParameterError, as_list
-from .specs import Configuration, Target, Tile
+from .specs import SCALE_LAYOUTS, X_FORMATS, Y_FORMATS, Configuration, Target, Tile
 from .targets import TARGETS
 
 ASYNC_COPY = ("on", "off", "both", "default")
@@ -32,6 +33,9 @@ def grid(
     warps: object = None,
     stages: object = (1, 2),
     async_copy: str = "default",
+    x_format: object = None,
+    y_format: object = "bf16",
+    scale_layout: object = "rows",
 ) -> list[Configuration]:
     """Expand a grid. Each argument takes a list, one value or comma-separated text.
 
@@ -39,7 +43,7 @@ def grid(
         kernels, targets: by name; ``all`` means every one.
         models: by name; None means the first that is served with each kernel, ``all``
             means every one that is.
-        layers: 1, 2 or ``all``.
+        layers: 1, 2 or ``all``; what computes a shared expert has only the first.
         tp: tensor parallelism; ``all`` means `problems.TENSOR_PARALLEL`.
         m: tokens before top-k; ``all`` means `problems.TOKENS`.
         tiles: ``MxNxK``; None means the tile and warps that the published rules choose
@@ -47,6 +51,8 @@ def grid(
         warps: warps per workgroup, given together with ``tiles``.
         stages: ``num_stages``.
         async_copy: one of `ASYNC_COPY`; targets without the switch get one row.
+        x_format, y_format, scale_layout: as in `Problem`; a kernel that doesn't take one
+            gets rows that say so.
     Raises:
         ParameterError: a value is not one of the right ones; the message lists them.
     """
@@ -61,22 +67,39 @@ def grid(
         _integers("m", problems.TOKENS if m == "all" else m),
     )
     stage_counts = _integers("stages", stages)
+    formats = list(
+        itertools.product(
+            _names("x_format", x_format, X_FORMATS) if x_format else [None],
+            _names("y_format", y_format, Y_FORMATS),
+            _names("scale_layout", scale_layout, SCALE_LAYOUTS),
+        )
+    )
     if async_copy not in ASYNC_COPY:
         raise ParameterError(f"async_copy: {async_copy!r} is not one of {', '.join(ASYNC_COPY)}")
     configurations = []
     for kernel, (layer, shards, tokens) in itertools.product(kernel_names, shapes):
         for model in model_names or _served_with(kernel)[: None if models == "all" else 1]:
-            problem = problems.problem(model, layer, shards, tokens)
+            if kernel not in problems.DENSE:
+                problem = problems.problem(model, layer, shards, tokens)
+            elif layer == 1:
+                problem = problems.shared_expert(kernel, model, shards, tokens)
+            else:
+                continue
             if not problem.k:
                 raise ParameterError(f"tp: {shards} leaves nothing of {model} to each shard")
             tilings = given_tiles or [problems.ruled_tile(kernel, problem)]
-            for (tile, num_warps), target, stage_count in itertools.product(
-                tilings, target_names, stage_counts
+            for (x, y, scales), (tile, num_warps), target, stage_count in itertools.product(
+                formats, tilings, target_names, stage_counts
             ):
+                of = replace(problem, x_format=x, y_format=y, scale_layout=scales)
                 configurations += [
-                    Configuration(kernel, problem, tile, num_warps, stage_count, switch, target)
+                    Configuration(kernel, of, tile, num_warps, stage_count, switch, target)
                     for switch in _switches(async_copy, TARGETS[target])
                 ]
+    if not configurations:
+        raise ParameterError(
+            f"layers: {', '.join(kernel_names)} has no layer 2: its launch is the whole; give 1"
+        )
     return configurations
 
 
@@ -91,9 +114,7 @@ def aiter_tests(target: str = "gfx950") -> list[Configuration]:
     """
     configurations = []
     for test in problems.AITER_TESTS:
-        if test.kernel not in KERNELS:
-            continue
-        for problem in test.problems():
+        for problem in test.problems:
             tile, num_warps = problems.ruled_tile(test.kernel, problem)
             scenarios = {
                 (problems.ruled_stages(policy, test.kernel, target, tile), switch)

@@ -2,12 +2,15 @@
 
 Shapes and rules were read from ROCm/aiter at 2f7b13fc55 (2026-04-10): its model
 benchmark, ``bench_moe_gemm_*`` and ``moe_op_gemm_*``; the two fixes are
-ROCm/aiter#2723 and #3372. First matching row wins in every table.
+ROCm/aiter#2723 and #3372. The two kernels that are no MoE GEMM take the tiles of its
+``gfx950-FF-A16W16-fused.json`` (4f402b56b5) and of its ``gfx950-FUSED-GEMM-AFP4WFP4-A16W16``
+for N4=512, N16=256, K=7168 (5d3e057f2a), the latter with block_n of 32 or more, as it is
+launched; their fixes are #2940 and #2784. First matching row wins in every table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, replace
 
 from .specs import Problem, Tile
@@ -20,7 +23,8 @@ class Model:
     Args:
         dim1: hidden size: K of layer 1 and N of layer 2.
         dim2: N of layer 1, gate and up together; layer 2 reduces over half of it.
-        kernels: what it is served with, the published table's choice first.
+        kernels: what its experts are served with, the published table's choice first,
+            then what computes its shared expert.
     """
 
     name: str
@@ -34,9 +38,16 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("DeepSeek-R1", 256, 8, 7168, 4096, ("moe_gemm_a4w4", "moe_gemm_a8w8_blockscale")),
+        Model(
+            "DeepSeek-R1",
+            256,
+            8,
+            7168,
+            4096,
+            ("moe_gemm_a4w4", "moe_gemm_a8w8_blockscale", "fused_gemm_afp4wfp4_a16w16"),
+        ),
         Model("GPT-OSS 120B", 128, 4, 2880, 5760, ("moe_gemm_a8w4",)),
-        Model("Llama4 Maverick", 128, 1, 5120, 16384, ("moe_gemm_a8w8",)),
+        Model("Llama4 Maverick", 128, 1, 5120, 16384, ("moe_gemm_a8w8", "ff_a16w16_fused")),
         Model("Qwen3-235B-A22B", 128, 8, 4096, 3072, ("moe_gemm_a8w8",)),
         Model(
             "Kimi-K2 Thinking",
@@ -55,7 +66,7 @@ LAYERS = (1, 2)
 
 
 def problem(model: str, layer: int, tp: int, m: int) -> Problem:
-    """Shape one layer of a model, sharded.
+    """Shape one layer of a model's experts, sharded.
 
     >>> problem("GPT-OSS 120B", layer=2, tp=4, m=512).k
     720
@@ -75,6 +86,64 @@ def problem(model: str, layer: int, tp: int, m: int) -> Problem:
         gather=first,
         swiglu=first,
         weighted=not first,
+        scatter=not first,
+    )
+
+
+# The kernels that are no MoE GEMM.
+DENSE = ("ff_a16w16_fused", "fused_gemm_afp4wfp4_a16w16")
+
+
+def shared_expert(kernel: str, model: str, tp: int, m: int) -> Problem:
+    """Shape what a `DENSE` kernel computes of a model's shared expert, sharded.
+
+    The shared experts of DeepSeek-R1 and Llama4 Maverick are as wide as one of their
+    experts (config.json of deepseek-ai/DeepSeek-R1 and meta-llama/Llama-4-Maverick-17B-128E).
+
+    >>> shared_expert("fused_gemm_afp4wfp4_a16w16", "DeepSeek-R1", tp=8, m=64).n
+    512
+    """
+    of = MODELS[model]
+    dim2 = max(of.dim2 // tp, 1)
+    if kernel == "ff_a16w16_fused":
+        return feed_forward(model, m, dim2, of.dim1, gated=True, tp=tp)
+    return fused_gemm(model, m, dim2, of.experts, of.dim1, bias=False, tp=tp)
+
+
+def feed_forward(model: str, m: int, n: int, k: int, gated: bool, tp: int = 1) -> Problem:
+    """Shape `ff_a16w16_fused`: n columns of the up-projection, k of input and output."""
+    return Problem(
+        model=model,
+        layer=1,
+        tp=tp,
+        m=m,
+        experts=1,
+        top_k=1,
+        n=n,
+        k=k,
+        gather=False,
+        swiglu=gated,
+        weighted=False,
+        bias=False,
+    )
+
+
+def fused_gemm(model: str, m: int, n: int, n_bf16: int, k: int, bias: bool, tp: int = 1) -> Problem:
+    """Shape `fused_gemm_afp4wfp4_a16w16`: n columns in FP4 and n_bf16 in bf16."""
+    return Problem(
+        model=model,
+        layer=1,
+        tp=tp,
+        m=m,
+        experts=1,
+        top_k=1,
+        n=n,
+        k=k,
+        gather=False,
+        swiglu=False,
+        weighted=False,
+        bias=bias,
+        n_bf16=n_bf16,
     )
 
 
@@ -114,6 +183,31 @@ TILE_RULES = (
 
 
 @dataclass(frozen=True)
+class DenseTileRule:
+    """Where ``m <= max_m``: this tile and its warps."""
+
+    kernel: str
+    max_m: float
+    tile: Tile
+    num_warps: int
+
+
+DENSE_TILE_RULES = (
+    #             kernel                        m <=  tile                      warps
+    DenseTileRule("ff_a16w16_fused",            4,    Tile(4, 256, 256),        8),
+    DenseTileRule("ff_a16w16_fused",            8,    Tile(8, 256, 256),        8),
+    DenseTileRule("ff_a16w16_fused",            ANY,  Tile(64, 256, 256),       8),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", 8,    Tile(8, 32, 256, 14),     2),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", 16,   Tile(8, 32, 512, 8),      2),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", 32,   Tile(32, 32, 512, 7),     8),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", 64,   Tile(64, 32, 512, 7),     8),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", 128,  Tile(16, 32, 256, 4),     2),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", 256,  Tile(16, 64, 256, 4),     4),
+    DenseTileRule("fused_gemm_afp4wfp4_a16w16", ANY,  Tile(128, 64, 256),       8),
+)
+
+
+@dataclass(frozen=True)
 class StageRule:
     """Under ``policy``, where everything else matches: this many stages.
 
@@ -131,12 +225,24 @@ class StageRule:
 
 BEFORE, FIRST_FIX, LATER_FIX = "before #2723", "after #2723", "after #3372"
 POLICIES = (BEFORE, FIRST_FIX, LATER_FIX)
+FUSED_GEMM = "fused_gemm_afp4wfp4_a16w16"
 STAGE_RULES = (
     #          policy     kernel                      target    block_m <= block_n <= stages
+    StageRule(BEFORE,    "ff_a16w16_fused",          None,     8,   ANY, 2),
+    StageRule(BEFORE,    "ff_a16w16_fused",          None,     64,  ANY, 1),
     StageRule(BEFORE,    None,                       None,     128, ANY, 2),
+    StageRule(FIRST_FIX, "ff_a16w16_fused",          None,     8,   ANY, 2),
+    StageRule(FIRST_FIX, "ff_a16w16_fused",          None,     64,  ANY, 1),
+    StageRule(FIRST_FIX, FUSED_GEMM,                 None,     128, ANY, 2),
     StageRule(FIRST_FIX, "moe_gemm_a8w8_blockscale", None,     128, ANY, 2),
     StageRule(FIRST_FIX, None,                       "gfx950", 128, ANY, 1),
     StageRule(FIRST_FIX, None,                       None,     128, ANY, 2),
+    # #2940 and #2784, which came before #3372.
+    StageRule(LATER_FIX, "ff_a16w16_fused",          None,     4,   ANY, 1),
+    StageRule(LATER_FIX, "ff_a16w16_fused",          None,     8,   ANY, 2),
+    StageRule(LATER_FIX, "ff_a16w16_fused",          None,     64,  ANY, 1),
+    StageRule(LATER_FIX, FUSED_GEMM,                 None,     32,  ANY, 2),
+    StageRule(LATER_FIX, FUSED_GEMM,                 None,     128, ANY, 1),
     StageRule(LATER_FIX, "moe_gemm_a8w8_blockscale", None,     128, ANY, 2),
     StageRule(LATER_FIX, None,                       "gfx950", 16,  ANY, 2),
     StageRule(LATER_FIX, None,                       "gfx942", 16,  ANY, 2),
@@ -165,6 +271,9 @@ def ruled_tile(kernel: str, problem: Problem) -> tuple[Tile, int]:
     Raises:
         ValueError: no rule speaks of the kernel.
     """
+    for dense in DENSE_TILE_RULES:
+        if kernel == dense.kernel and problem.m <= dense.max_m:
+            return dense.tile, dense.num_warps
     block_m = routed_block_m(problem)
     for rule in TILE_RULES:
         if kernel == rule.kernel and block_m <= rule.max_block_m and problem.n <= rule.max_n:
@@ -172,7 +281,7 @@ def ruled_tile(kernel: str, problem: Problem) -> tuple[Tile, int]:
             while tile.block_n >= 64 and programs(problem, tile) < rule.halve_below_programs:
                 tile = replace(tile, block_n=tile.block_n // 2)
             return tile, rule.num_warps
-    known = sorted({rule.kernel for rule in TILE_RULES})
+    known = sorted({rule.kernel for rule in (*TILE_RULES, *DENSE_TILE_RULES)})
     raise ValueError(
         f"no tile rule for kernel {kernel!r}; there are rules for {', '.join(known)}; "
         "give a tile and the number of warps instead"
@@ -222,69 +331,140 @@ def ruled_stages(policy: str, kernel: str, target: str, tile: Tile) -> int:
     )
 
 
+def _moe_launches(
+    test: str, shapes: tuple[tuple[int, int, int, int, int], ...], scale_layout: str = "rows"
+) -> tuple[Problem, ...]:
+    """List a MoE test's launches: (m, n, k, experts, top_k), with and without each option."""
+    return tuple(
+        Problem(
+            model=test,
+            layer=1 if gather else 2,
+            tp=1,
+            m=m,
+            experts=experts,
+            top_k=top_k,
+            n=n,
+            k=k,
+            gather=gather,
+            swiglu=swiglu,
+            weighted=weighted,
+            scale_layout=scale_layout,
+        )
+        for m, n, k, experts, top_k in shapes
+        for gather, weighted, swiglu in itertools.product((False, True), repeat=3)
+    )
+
+
 @dataclass(frozen=True)
 class AiterTest:
-    """A test file that ROCm/aiter#2723 names, and the shapes it runs.
+    """A test file that ROCm/aiter#2723 names, and the launches it makes.
 
     Args:
         fixed_by: the pull request after which it passed.
-        shapes: (m, n, k, experts, top_k) of the cases with static fp8 scales, as in
-            ROCm/aiter at 08940c7 (a8w4) and c87dcc8 (a8w8); each runs with and without
-            gather, routing weights and SwiGLU.
+        problems: of its launches; MoE GEMMs run with and without gather, routing weights
+            and SwiGLU. Shapes as in ROCm/aiter at 1791f87 (a4w4), 08940c7 (a8w4, static fp8
+            scales), c87dcc8 (a8w8, likewise), 17770a2 (blockscale, both operands scaled by
+            blocks), 05d7fd7 (ff) and 2038b2d (fused; weights not pre-shuffled, of the one N
+            and K that its tiles are for).
     """
 
     name: str
     kernel: str
     fixed_by: str
-    shapes: tuple[tuple[int, int, int, int, int], ...] = ()
-
-    def problems(self) -> Iterator[Problem]:
-        """Every launch of the test file, as a problem."""
-        for m, n, k, experts, top_k in self.shapes:
-            for gather in (False, True):
-                for weighted in (False, True):
-                    for swiglu in (False, True):
-                        yield Problem(
-                            model=self.name,
-                            layer=1 if gather else 2,
-                            tp=1,
-                            m=m,
-                            experts=experts,
-                            top_k=top_k,
-                            n=n,
-                            k=k,
-                            gather=gather,
-                            swiglu=swiglu,
-                            weighted=weighted,
-                        )
+    problems: tuple[Problem, ...]
 
 
 # Stage policy and async copy, in the order in which they happened.
 AITER_SCENARIOS = ((BEFORE, False), (BEFORE, True), (FIRST_FIX, True), (LATER_FIX, True))
 
 AITER_TESTS = (
-    AiterTest("test_moe_gemm_a4w4", "moe_gemm_a4w4", "#2723"),
+    AiterTest(
+        "test_moe_gemm_a4w4",
+        "moe_gemm_a4w4",
+        "#2723",
+        (
+            *_moe_launches(
+                "test_moe_gemm_a4w4",
+                (
+                    (16, 4096, 7168, 256, 8),
+                    (1024, 7168, 2048, 256, 8),
+                    (8192, 7168, 2048, 256, 8),
+                    (32, 6144, 3072, 128, 4),
+                ),
+                scale_layout="cdna4",
+            ),
+            *_moe_launches(
+                "test_moe_gemm_a4w4",
+                (
+                    (300, 400, 800, 8, 4),
+                    (4096, 3072, 3072, 128, 4),
+                ),
+            ),
+        ),
+    ),
     AiterTest(
         "test_moe_gemm_a8w4",
         "moe_gemm_a8w4",
         "#2723",
-        (
-            (32, 6144, 3072, 128, 4),
-            (8192, 3072, 3072, 128, 4),
-            (4, 1024, 3072, 128, 4),
-            (1024, 3072, 512, 128, 4),
-            (4096, 3072, 3072, 128, 4),
-            (16, 512, 512, 32, 2),
-            (300, 400, 800, 8, 4),
+        _moe_launches(
+            "test_moe_gemm_a8w4",
+            (
+                (32, 6144, 3072, 128, 4),
+                (8192, 3072, 3072, 128, 4),
+                (4, 1024, 3072, 128, 4),
+                (1024, 3072, 512, 128, 4),
+                (4096, 3072, 3072, 128, 4),
+                (16, 512, 512, 32, 2),
+                (300, 400, 800, 8, 4),
+            ),
         ),
     ),
     AiterTest(
         "test_moe_gemm_a8w8",
         "moe_gemm_a8w8",
         "#2723",
-        ((4096, 7168, 4096, 256, 8), (300, 400, 400, 8, 2)),
+        _moe_launches("test_moe_gemm_a8w8", ((4096, 7168, 4096, 256, 8), (300, 400, 400, 8, 2))),
     ),
-    AiterTest("test_moe_gemm_a8w8_blockscale", "moe_gemm_a8w8_blockscale", "not by #2723"),
-    AiterTest("test_ff_a16w16_fused", "ff_a16w16_fused", "#2940"),
-    AiterTest("test_fused_gemm_afp4wfp4_a16w16", "fused_gemm_afp4wfp4_a16w16", "#2784"),
+    AiterTest(
+        "test_moe_gemm_a8w8_blockscale",
+        "moe_gemm_a8w8_blockscale",
+        "not by #2723",
+        _moe_launches(
+            "test_moe_gemm_a8w8_blockscale",
+            (
+                (16, 4096, 7168, 256, 8),
+                (1024, 4096, 7168, 256, 8),
+                (8192, 7168, 2048, 256, 8),
+                (4, 300, 300, 8, 4),
+            ),
+        ),
+    ),
+    AiterTest(
+        "test_ff_a16w16_fused",
+        "ff_a16w16_fused",
+        "#2940",
+        tuple(
+            # The intermediate size is that of the gate, and of up beside it.
+            feed_forward("test_ff_a16w16_fused", m, (2 if gated else 1) * width, hidden, gated)
+            for m, hidden, width in (
+                (1, 1, 1),
+                (3, 5, 2),
+                *((1024 * v, 1024 * v, 1024 * v) for v in (1, 2, 4, 5)),
+                *((m, 256, 7168) for m in (32, 64, 128, 256)),
+                *((m, 5120, 2880) for m in (32, 64, 128, 256)),
+                *((m, 2880, 4096) for m in (32, 64, 128, 256)),
+                *((m, 128, 2880) for m in (32, 64, 128, 256)),
+            )
+            for gated in (False, True)
+        ),
+    ),
+    AiterTest(
+        "test_fused_gemm_afp4wfp4_a16w16",
+        "fused_gemm_afp4wfp4_a16w16",
+        "#2784",
+        tuple(
+            fused_gemm("test_fused_gemm_afp4wfp4_a16w16", m, 512, 256, 7168, bias=True)
+            for m in (1, 8, 32, 64, 128, 8192)
+        ),
+    ),
 )

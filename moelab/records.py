@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# What schema 1 did not say, for it was always so.
+_SINCE_2 = {
+    "scatter": False,
+    "x_format": None,
+    "y_format": "bf16",
+    "scale_layout": "rows",
+    "n_bf16": 0,
+    "split_k": 1,
+}
 
 # Every column, in order, with its pandas type. Nullable types: a missing figure is
 # missing, never zero.
@@ -38,11 +48,17 @@ COLUMNS = {
     "swiglu": "boolean",
     "weighted": "boolean",
     "bias": "boolean",
+    "scatter": "boolean",
+    "x_format": "string",  # missing where the kernel has one, or takes its first
+    "y_format": "string",
+    "scale_layout": "string",  # of w's mx scales
+    "n_bf16": "Int64",  # columns of a bf16 weight beside w
     "target": "string",
     "triton": "string",
     "block_m": "Int64",
     "block_n": "Int64",
     "block_k": "Int64",
+    "split_k": "Int64",
     "num_warps": "Int64",
     "num_stages": "Int64",
     "async_copy": "boolean",  # missing where the target has no such switch
@@ -153,7 +169,7 @@ def journalled(store: Path) -> Iterator[dict[str, Any]]:
                     f"{path}:{number} has schema {schema}; this moelab reads up to "
                     f"{SCHEMA_VERSION}: upgrade moelab, or choose another store"
                 )
-            yield row
+            yield _SINCE_2 | row
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -178,6 +194,8 @@ def read(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     if path.suffix == ".parquet" and path.is_file():
         table = pd.read_parquet(path)
+        if "schema" in table and (table["schema"] == 1).all():
+            table = table.assign(**_SINCE_2)
         if missing := [name for name in COLUMNS if name not in table]:
             raise ValueError(f"{path} has no column {', '.join(missing)}: not an export of moelab")
         if len(table) and table["schema"].max() > SCHEMA_VERSION:

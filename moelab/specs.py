@@ -69,45 +69,61 @@ class Target:
 class Tile:
     """The block of the output that one program computes, and its step along K.
 
-    >>> Tile.parse("128x512x256")
-    Tile(block_m=128, block_n=512, block_k=256)
+    Args:
+        split_k: programs that share a block's reduction, each with a part of K.
+
+    >>> str(Tile.parse("64x32x512/7"))
+    '64x32x512/7'
+    >>> Tile.parse("128x512x256").split_k
+    1
     """
 
     block_m: int
     block_n: int
     block_k: int
+    split_k: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Tile:
-        """Read ``MxNxK``.
+        """Read ``MxNxK``, or ``MxNxK/S`` where S programs share the reduction.
 
         Raises:
             ValueError: not three powers of two; the message shows the text.
         """
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/([1-9]\d*))?", text.strip())
         if not match:
             raise ValueError(
-                f"tile {text!r}: expected BLOCK_MxBLOCK_NxBLOCK_K, for example 128x256x128"
+                f"tile {text!r}: expected BLOCK_MxBLOCK_NxBLOCK_K, for example 128x256x128, "
+                "or 64x32x512/7 where 7 programs share each reduction"
             )
-        blocks = [int(group) for group in match.groups()]
-        wrong = [block for block in blocks if block < 1 or block & (block - 1)]
+        block_m, block_n, block_k, split_k = (int(group or 1) for group in match.groups())
+        wrong = [b for b in (block_m, block_n, block_k) if b < 1 or b & (b - 1)]
         if wrong:
             raise ValueError(
                 f"tile {text!r}: {wrong[0]} is not a power of two, which Triton's blocks must be"
             )
-        return cls(*blocks)
+        return cls(block_m, block_n, block_k, split_k)
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+        shared = f"/{self.split_k}" if self.split_k > 1 else ""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}{shared}"
+
+
+X_FORMATS = ("fp8", "mxfp8")
+Y_FORMATS = ("bf16", "fp32", "fp8", "mxfp8")
+SCALE_LAYOUTS = ("rows", "cdna4")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One MoE GEMM: every expert's rows of x times that expert's weight.
+    """What one launch computes: every expert's rows of x times that expert's weight.
+
+    The two kernels that are no MoE GEMM have one expert, which every token visits once.
 
     Args:
         model: whose layer it is, or the name of the test that it comes from.
-        layer: 1 gathers tokens and ends in SwiGLU; 2 weights rows for their tokens.
+        layer: 1 gathers tokens and ends in SwiGLU; 2 weights rows and scatters them back
+            to their tokens. A launch that is no MoE GEMM counts as 1.
         tp: tensor parallelism, already applied to ``n`` and ``k``.
         m: tokens before top-k.
         experts, top_k: how many there are, how many each token visits.
@@ -117,6 +133,12 @@ class Problem:
         swiglu: pairs of columns end as one: y has ``n // 2`` columns.
         weighted: rows of y are multiplied by their routing weight.
         bias: fp32 ``[experts, n]`` is added.
+        scatter: rows of y go back to where their token and slot are.
+        x_format: of x, one of `X_FORMATS` where the kernel takes several; None is its first.
+        y_format: one of `Y_FORMATS`; ``fp8`` has a static scale.
+        scale_layout: of w's mx scales, one of `SCALE_LAYOUTS`: ``rows``, or ``cdna4`` as its
+            matrix units read them.
+        n_bf16: columns of the bf16 weight beside the narrow one; 0 where there is none.
     """
 
     model: str
@@ -131,6 +153,11 @@ class Problem:
     swiglu: bool
     weighted: bool
     bias: bool = True
+    scatter: bool = False
+    x_format: str | None = None
+    y_format: str = "bf16"
+    scale_layout: str = "rows"
+    n_bf16: int = 0
 
     @property
     def rows(self) -> int:

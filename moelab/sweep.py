@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -129,8 +130,16 @@ def _question(configuration: Configuration, mode: str) -> dict[str, Any]:
         "num_stages": configuration.num_stages,
         "async_copy": configuration.async_copy,
         "mode": mode,
-        "compile_key": compiler.specialize(configuration).key,
+        "compile_key": _compile_key(configuration),
     }
+
+
+def _compile_key(configuration: Configuration) -> str:
+    """Give what launches share that compile to the same code; what is refused has its own."""
+    try:
+        return compiler.specialize(configuration).key
+    except compiler.CompileError:
+        return hashlib.sha256(repr(configuration).encode()).hexdigest()[:16]
 
 
 def _answer_of(row: dict[str, Any]) -> dict[str, Any]:

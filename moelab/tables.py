@@ -5,6 +5,7 @@ Frames in, frames out; no compiler, no GPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,12 @@ ASYNC_COPY = "async copy"
 
 
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns that people read: ``tile`` as MxNxK and async copy in words."""
-    tile = rows[["block_m", "block_n", "block_k"]].astype("string")
+    """Add the columns that people read: ``tile`` as `Tile.parse` does, async copy in words."""
+    tile = rows[["block_m", "block_n", "block_k", "split_k"]].astype("string")
+    shared = ("/" + tile["split_k"]).where(rows["split_k"] > 1, "")
     words = rows["async_copy"].map({True: "on", False: "off"}).fillna("no switch")
     return rows.assign(
-        tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"],
+        tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"] + shared,
         **{ASYNC_COPY: words.astype("string")},
     )
 
@@ -61,7 +63,7 @@ def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
     def order(column: pd.Series) -> pd.Series:
         if column.name != "tile":
             return column
-        return column.map(lambda tile: "x".join(block.zfill(6) for block in tile.split("x")))
+        return column.map(lambda tile: re.sub(r"\d+", lambda block: block[0].zfill(6), tile))
 
     by = list(table.columns[: table.columns.get_loc("tile") + 3])
     return table.sort_values(by, key=order, ignore_index=True)

@@ -9,7 +9,14 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-KERNELS = ("moe_gemm_a8w8", "moe_gemm_a8w4")
+KERNELS = (
+    "moe_gemm_a8w8",
+    "moe_gemm_a8w8_blockscale",
+    "moe_gemm_a8w4",
+    "moe_gemm_a4w4",
+    "ff_a16w16_fused",
+    "fused_gemm_afp4wfp4_a16w16",
+)
 
 
 def load(name: str) -> ModuleType:

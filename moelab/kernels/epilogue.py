@@ -29,11 +29,13 @@ class SwiGLU:
 @triton.jit
 def finish(
     acc,  # [BLOCK_M, BLOCK_N] fp32
-    y_ptr,  # [rows, n_out]
+    y_ptr,  # [rows, n_out] bf16, fp32 or fp8
+    y_scale_ptr,  # None, [1] fp32 that divides y, or [rows, ceil(n_out / 32)] uint8, written
     bias_ptr,  # [experts, n] fp32 or None
     weight_ptr,  # [rows] fp32 routing weights or None
-    rows,  # [BLOCK_M] row of y
+    rows,  # [BLOCK_M] in expert order
     row_mask,  # [BLOCK_M]
+    y_rows,  # [BLOCK_M] of y
     expert,
     pid_n,
     n,
@@ -43,7 +45,7 @@ def finish(
     BLOCK_N: tl.constexpr,
     SWIGLU: tl.constexpr,
 ):
-    """Add the bias, activate, weight by routing, and store the tile."""
+    """Add the bias, activate, weight by routing, quantize and store the tile."""
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * n + offs_n, mask=offs_n < n, other=0.0)[None, :]
@@ -58,10 +60,46 @@ def finish(
         out = acc
         n_out = n
     if weight_ptr is not None:
-        out *= tl.load(weight_ptr + rows, mask=row_mask, other=0.0)[:, None]
-    mask = row_mask[:, None] & (offs_n < n_out)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * n_out + offs_n[None, :]
-    tl.store(y_ptr + offsets, out.to(y_ptr.dtype.element_ty), mask=mask)
+        out *= tl.load(weight_ptr + rows)[:, None]
+    if y_scale_ptr is not None:
+        if y_scale_ptr.dtype.element_ty == tl.uint8:
+            # Columns past n repeat others: they must not set the last group's scale.
+            out = tl.where((offs_n < n_out)[None, :], out, 0.0)
+            out, scale = _mxfp8(out)
+            GROUPS: tl.constexpr = scale.shape[1]
+            groups = tl.cdiv(n_out, 32)
+            offs_group = pid_n * GROUPS + tl.arange(0, GROUPS)
+            tl.store(
+                y_scale_ptr + y_rows[:, None] * groups + offs_group[None, :],
+                scale,
+                mask=row_mask[:, None] & (offs_group < groups)[None, :],
+            )
+        else:
+            out /= tl.load(y_scale_ptr)
+        LARGEST: tl.constexpr = 448.0 if y_ptr.dtype.element_ty == tl.float8e4nv else 240.0
+        out = tl.clamp(out, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(
+        y_ptr + y_rows[:, None] * n_out + offs_n[None, :],
+        out.to(y_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & (offs_n < n_out)[None, :],
+    )
+
+
+@triton.jit
+def _mxfp8(x):
+    """Divide groups of 32 columns by their e8m0 scale, as `formats.quantize_mxfp8` does.
+
+    Returns:
+        the quotients ``[BLOCK_M, columns]`` and the scales ``[BLOCK_M, columns // 32]`` uint8.
+    """
+    groups = tl.reshape(x, (x.shape[0], x.shape[1] // 32, 32))
+    # Magnitudes order as their bits do, and NaN above all: a NaN makes its group's scale NaN.
+    largest = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)
+    exponent = largest >> 23
+    # e4m3's largest power of two is 2^8.
+    scale = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
+    inverse = ((254 - tl.minimum(scale, 254)) << 23).to(tl.float32, bitcast=True)
+    return tl.reshape(groups * inverse[:, :, None], x.shape), scale.to(tl.uint8)
 
 
 def finish_reference(
@@ -70,7 +108,7 @@ def finish_reference(
     weight: Tensor | None,
     swiglu: SwiGLU | None,
 ) -> Tensor:
-    """Do what `finish` does to one expert's rows, in plain PyTorch.
+    """Do what `finish` does to one expert's rows, in plain PyTorch, short of quantizing.
 
     Args:
         acc: ``[rows, n]`` float.

@@ -1,41 +1,54 @@
 """Grouped GEMM over experts, fp8 x mxfp4: y[r] = act(s_x x[token(r)] w[expert(r)]^T + b).
 
-One program computes one BLOCK_M x BLOCK_N tile of one expert: x, w and w's scales pass
+One program computes one BLOCK_M x BLOCK_N tile of one expert: x, w and their scales pass
 through LDS along K, accumulated in fp32. w is mxfp4: 32 elements along K share an e8m0
-scale, which the matrix units (or, where they can't, the compiler's widening) apply; x
-has one static scale, applied once to the accumulator.
+scale, which the matrix units (or, where they can't, the compiler's widening) apply. x is
+mxfp8 and scaled likewise, or has one static scale, applied once to the accumulator.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 import triton
 import triton.language as tl
 
-from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
-from .epilogue import SwiGLU, finish, finish_reference
-from .formats import dequantize_mxfp4, mx_groups, mx_pairs
-from .launch import describe, expect, launch
-from .routing import Routing, expert_tile, per_expert, tile_rows
+from ..specs import (
+    SCALE_LAYOUTS,
+    X_FORMATS,
+    Cost,
+    Problem,
+    Source,
+    Target,
+    TensorSpec,
+    Tile,
+)
+from . import launch as grouped
+from .epilogue import finish
+from .formats import dequantize_mxfp4, dequantize_mxfp8, mx_groups, mx_pairs
+from .launch import Layer, Options, describe, expect, launch, x_rows
+from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
+from .routing import Routing, expert_tile, tile_rows
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
 @triton.jit
 def _moe_gemm_a8w4_kernel(
-    y_ptr,  # [rows, n_out] bf16
+    y_ptr,  # [rows, n_out] bf16, fp32 or fp8
+    y_scale_ptr,  # [1] fp32, [rows, ceil(n_out / 32)] uint8 or None
     x_ptr,  # [tokens, k] fp8 if gathered, else [rows, k]
     w_ptr,  # [experts, n, pairs] uint8, two e2m1 each
-    x_scale_ptr,  # [1] fp32
-    w_scale_ptr,  # [experts, n, groups] uint8, e8m0
+    x_scale_ptr,  # [1] fp32, or e8m0 [rows of x, groups] uint8
+    w_scale_ptr,  # e8m0: [experts, n, groups] uint8, or shuffled for CDNA4
     pairs,  # ceil(k / 2)
     groups,  # ceil(k / 32)
+    scale_stride,  # bytes between two rows of w_scale
     bias_ptr,  # [experts, n] fp32 or None
     weight_ptr,  # [rows] fp32 routing weights or None
-    row_index_ptr,  # [rows] int32 token * top_k + slot, or None: x is in expert order
+    gather_ptr,  # [rows] int32 token of each row, or None: x is in expert order
+    scatter_ptr,  # [rows] int32 row of y of each row, or None: y is in expert order
     expert_end_ptr,  # [experts] int32
     tile_count_ptr,  # [1] int32
     tile_expert_ptr,  # [max_tiles] int32
@@ -45,9 +58,10 @@ def _moe_gemm_a8w4_kernel(
     alpha,
     limit,
     shift,
-    top_k,
+    CDNA4: tl.constexpr,
     SWIGLU: tl.constexpr,
     EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
     W_CACHE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,44 +74,69 @@ def _moe_gemm_a8w4_kernel(
     )
     if not exists:
         return
-    rows, row_mask, x_rows = tile_rows(row, expert, expert_end_ptr, row_index_ptr, top_k, BLOCK_M)
-    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)) % n
+    rows, row_mask, x_rows, y_rows = tile_rows(
+        row, expert, expert_end_ptr, gather_ptr, scatter_ptr, BLOCK_M, WIDE
+    )
+    MX_X: tl.constexpr = x_scale_ptr.dtype.element_ty == tl.uint8
     offs_k = tl.arange(0, BLOCK_K)
-    offs_pair = tl.arange(0, BLOCK_K // 2)
     offs_group = tl.arange(0, BLOCK_K // 32)
-    # Weights of all experts together can exceed 2^31 elements; one expert's do not.
-    expert = expert.to(tl.int64)
     x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
-    w_ptrs = w_ptr + expert * n * pairs + offs_n[None, :] * pairs + offs_pair[:, None]
-    w_scale_ptrs = (
-        w_scale_ptr + expert * n * groups + offs_n[:, None] * groups + offs_group[None, :]
+    x_scale_ptrs = x_scale_ptr + x_rows[:, None] * groups + offs_group[None, :]
+    # Weights of all experts together can exceed 2^31 elements where one expert's do not.
+    expert = expert.to(tl.int64)
+    w_ptrs, w_scale_ptrs = mxfp4_pointers(
+        w_ptr,
+        w_scale_ptr,
+        expert,
+        pid_n,
+        n,
+        pairs,
+        scale_stride,
+        BLOCK_N,
+        BLOCK_K,
+        CDNA4,
+        WIDE,
     )
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start_k in range(0, k, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs, cache_modifier=W_CACHE)
-            w_scale = tl.load(w_scale_ptrs)
         else:
-            # Differences, not quotients of what is left: the compiler sees how they align.
-            in_k = offs_k < k - start_k
-            in_pairs = offs_pair < pairs - start_k // 2
-            in_groups = offs_group < groups - start_k // 32
-            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=in_pairs[:, None], other=0, cache_modifier=W_CACHE)
-            w_scale = tl.load(w_scale_ptrs, mask=in_groups[None, :], other=0)
-        acc = tl.dot_scaled(x, None, "e4m3", w, w_scale, "e2m1", acc=acc, fast_math=True)
+            x = tl.load(x_ptrs, mask=(offs_k < k - start_k)[None, :], other=0.0)
+        w, w_scale, w_ptrs, w_scale_ptrs = mxfp4_load(
+            w_ptrs,
+            w_scale_ptrs,
+            start_k,
+            pairs,
+            scale_stride,
+            BLOCK_N,
+            BLOCK_K,
+            CDNA4,
+            EVEN_K,
+            W_CACHE,
+        )
+        if MX_X:
+            if EVEN_K:
+                x_scale = tl.load(x_scale_ptrs)
+            else:
+                in_groups = offs_group < groups - start_k // 32
+                x_scale = tl.load(x_scale_ptrs, mask=in_groups[None, :], other=0)
+            acc = tl.dot_scaled(x, x_scale, "e4m3", w, w_scale, "e2m1", acc=acc, fast_math=True)
+            x_scale_ptrs += BLOCK_K // 32
+        else:
+            acc = tl.dot_scaled(x, None, "e4m3", w, w_scale, "e2m1", acc=acc, fast_math=True)
         x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K // 2
-        w_scale_ptrs += BLOCK_K // 32
-    acc *= tl.load(x_scale_ptr)
+    if not MX_X:
+        acc *= tl.load(x_scale_ptr)
     finish(
         acc,
         y_ptr,
+        y_scale_ptr,
         bias_ptr,
         weight_ptr,
         rows,
         row_mask,
+        y_rows,
         expert,
         pid_n,
         n,
@@ -110,22 +149,36 @@ def _moe_gemm_a8w4_kernel(
 
 
 def source(problem: Problem, tile: Tile, target: Target) -> Source:
-    """Describe the kernel to the compiler; needs no GPU."""
-    pairs, groups = mx_pairs(problem.k), mx_groups(problem.k)
+    """Describe the kernel to the compiler; needs no GPU.
+
+    Raises:
+        ValueError: the kernel can't take the tile or a format.
+    """
+    rows, groups = x_rows(problem), mx_groups(problem.k)
+    x_scales = {
+        "fp8": TensorSpec((1,), "fp32"),
+        "mxfp8": TensorSpec((rows, groups), "u8"),
+    }
+    w_scale = scale_shape(problem.experts, problem.n, problem.k, problem.scale_layout)
     return describe(
         _moe_gemm_a8w4_kernel,
         problem,
         tile,
         target,
         # dot_scaled takes OCP e4m3 alone, also where the matrix units have another kind.
-        x_dtype="fp8e4nv",
-        w=TensorSpec((problem.experts, problem.n, pairs), "u8"),
+        x=TensorSpec((rows, problem.k), "fp8e4nv"),
+        w=TensorSpec((problem.experts, problem.n, mx_pairs(problem.k)), "u8"),
         own={
-            "x_scale_ptr": TensorSpec((1,), "fp32"),
-            "w_scale_ptr": TensorSpec((problem.experts, problem.n, groups), "u8"),
-            "pairs": pairs,
+            "x_scale_ptr": x_scales.get(problem.x_format or "fp8"),
+            "w_scale_ptr": TensorSpec(w_scale, "u8"),
+            "pairs": mx_pairs(problem.k),
             "groups": groups,
+            "scale_stride": w_scale[-1],
+            "CDNA4": problem.scale_layout == "cdna4",
         },
+        rules=mx_rules(tile, problem.scale_layout),
+        x_formats=(None, *X_FORMATS),
+        scale_layouts=SCALE_LAYOUTS,
     )
 
 
@@ -137,72 +190,55 @@ def moe_gemm_a8w4(
     routing: Routing,
     tile: Tile,
     *,
-    bias: Tensor | None = None,
-    gather: bool = True,
-    weighted: bool = False,
-    swiglu: SwiGLU | None = None,
-    num_warps: int = 8,
-    num_stages: int = 2,
-    num_xcds: int = 1,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    scale_layout: str = "rows",
+    **options: Unpack[Options],
+) -> Any:
     """Multiply each expert's rows by its weight.
 
     Args:
-        x: ``[tokens, k]`` OCP fp8 e4m3 if ``gather``, else ``[rows, k]`` in expert order.
-        w: ``[experts, n, ceil(k / 2)]`` uint8, as `formats.quantize_mxfp4` packs it.
-        x_scale: ``[1]`` fp32.
-        w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0.
+        x: ``[tokens, k]`` fp8 e4m3 (OCP); ``[rows, k]`` unless gathered. k may be odd.
+        w: ``[experts, n, ceil(k / 2)]`` uint8, two e2m1 each, the even one in the low half.
+        x_scale: ``[1]`` fp32; for mxfp8 e8m0 ``[rows of x, ceil(k / 32)]`` uint8.
+        w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0, or shuffled for CDNA4.
         routing: with ``block_m`` of ``tile``.
-        bias: ``[experts, n]`` fp32.
-        weighted: multiply each row by its routing weight.
-        swiglu: activation over interleaved pairs of columns; n must be even.
-        num_xcds: dies of the chip that share no L2 (8 on MI300X and MI355X).
-        out_dtype: ``torch.bfloat16`` (the default) or ``torch.float32``.
+        scale_layout: of w_scale: ``rows``, or ``cdna4`` as `formats.shuffle_scales_cdna4`
+            gives it.
+        options: see `launch.Options`.
     Returns:
-        ``[rows, n]`` in expert order, ``n // 2`` columns with ``swiglu``.
+        y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
     Raises:
         ValueError: shapes, types or devices disagree; the message shows both.
         triton.runtime.errors.OutOfResources: tile and stages exceed the LDS.
     """
     import torch
 
-    k = x.shape[-1]
-    pairs, groups = mx_pairs(k), mx_groups(k)
-    expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
-    experts, n, _ = w.shape
-    expect("x_scale", x_scale, (1,), (torch.float32,), of=w)
-    expect("w_scale", w_scale, (experts, n, groups), (torch.uint8,), of=w)
-    return launch(
-        _moe_gemm_a8w4_kernel,
-        x,
-        (torch.float8_e4m3fn,),
-        w,
-        {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "pairs": pairs, "groups": groups},
-        routing,
-        tile,
-        k=k,
-        bias=bias,
-        gather=gather,
-        weighted=weighted,
-        swiglu=swiglu,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        num_xcds=num_xcds,
-        out_dtype=out_dtype,
-    )
+    expect("x", x, (None, None), (torch.float8_e4m3fn,), of=w)
+    rows, k = x.shape
+    expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
+    if x_scale.dtype == torch.uint8:
+        expect("x_scale", x_scale, (rows, mx_groups(k)), (torch.uint8,), of=w)
+    else:
+        expect("x_scale", x_scale, (1,), (torch.float32, torch.uint8), of=w)
+    check_scales(w_scale, w, k, scale_layout)
+    own = {
+        "x_scale_ptr": x_scale,
+        "w_scale_ptr": w_scale,
+        "pairs": mx_pairs(k),
+        "groups": mx_groups(k),
+        "scale_stride": w_scale.shape[-1],
+        "CDNA4": scale_layout == "cdna4",
+    }
+    rules = mx_rules(tile, scale_layout)
+    return launch(_moe_gemm_a8w4_kernel, x, w, own, routing, tile, k=k, rules=rules, **options)
 
 
 def cost(problem: Problem) -> Cost:
-    """Useful FLOPs and the bytes that any implementation must move."""
-    weights = min(problem.experts, problem.rows)
-    return Cost(
-        flops=2 * problem.rows * problem.n * problem.k,
-        bytes=(
-            (problem.m if problem.gather else problem.rows) * problem.k
-            + weights * problem.n * (mx_pairs(problem.k) + mx_groups(problem.k))
-            + problem.rows * problem.n_out * 2
-        ),
+    """Count useful FLOPs and the bytes that any implementation must move."""
+    groups = mx_groups(problem.k)
+    return grouped.cost(
+        problem,
+        x_row_bytes=problem.k + (groups if problem.x_format == "mxfp8" else 0),
+        w_bytes=problem.n * (mx_pairs(problem.k) + groups),
     )
 
 
@@ -213,24 +249,20 @@ def reference(
     w_scale: Tensor,
     routing: Routing,
     *,
-    bias: Tensor | None = None,
-    gather: bool = True,
-    weighted: bool = False,
-    swiglu: SwiGLU | None = None,
+    scale_layout: str = "rows",
+    **layer: Unpack[Layer],
 ) -> Tensor:
     """Say what correct means: one matrix product per expert, in float64.
 
     Arguments are those of `moe_gemm_a8w4`; returns ``[rows, n_out]`` float64.
     """
-    return per_expert(
-        x.double() * x_scale.double(),
+    import torch
+
+    mx_x = x_scale.dtype == torch.uint8
+    w_scale = unshuffled(w_scale, w, x.shape[-1], scale_layout)
+    return grouped.reference(
+        dequantize_mxfp8(x, x_scale).double() if mx_x else x.double() * x_scale.double(),
         dequantize_mxfp4(w, w_scale, x.shape[-1]).double(),
         routing,
-        gather=gather,
-        finish=lambda acc, expert, rows: finish_reference(
-            acc,
-            bias[expert] if bias is not None else None,
-            routing.weight[rows] if weighted else None,
-            swiglu,
-        ),
+        **layer,
     )

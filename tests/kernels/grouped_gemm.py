@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from unittest import mock
 
 import pytest
@@ -11,8 +11,19 @@ import torch
 
 from moelab.kernels import KERNELS, load
 from moelab.kernels.epilogue import SwiGLU
-from moelab.kernels.formats import dequantize_mxfp4, quantize_fp8, quantize_mxfp4
-from moelab.kernels.routing import Routing, route
+from moelab.kernels.formats import (
+    FP8_BLOCK,
+    MX_GROUP,
+    dequantize_mxfp4,
+    dequantize_mxfp8,
+    quantize_fp8,
+    quantize_fp8_blocks,
+    quantize_mxfp4,
+    quantize_mxfp8,
+    shuffle_scales_cdna4,
+)
+from moelab.kernels.router import route
+from moelab.kernels.routing import Routing
 from moelab.specs import Tile
 
 PLAIN = SwiGLU()
@@ -21,31 +32,34 @@ GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, shift=1.0)
 
 # The interpreter takes some 20 ms per program; the large tile is one that GPUs are run with.
 SMALL, LARGE = Tile(16, 32, 64), Tile(128, 128, 128)
-WARPS_AND_STAGES = {
-    ("moe_gemm_a8w8", SMALL): (4, 2),
-    ("moe_gemm_a8w4", SMALL): (4, 2),
-    ("moe_gemm_a8w8", LARGE): (8, 3),
-    ("moe_gemm_a8w4", LARGE): (8, 2),
-}
+WARPS = {SMALL: 4, LARGE: 8}
 
-every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+GROUPED = tuple(kernel for kernel in KERNELS if kernel.startswith("moe_gemm"))
+every_kernel = pytest.mark.parametrize("kernel", GROUPED)
 every_tile = pytest.mark.parametrize(
     "tile", [SMALL, pytest.param(LARGE, marks=pytest.mark.gpu)], ids=str
 )
 
-# Bytes before and after each tensor; all ones is NaN in fp32, bf16, OCP fp8 and e8m0, and -1.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Bytes before and after each tensor.
 FENCE = 4096
+
+
+def poison(dtype: torch.dtype) -> int:
+    """Give the byte that fills a tensor with NaN: of fp32, bf16, fp8 or e8m0; -1 of int32."""
+    return 0x80 if dtype == torch.float8_e4m3fnuz else 0xFF
 
 
 def fenced(tensor: torch.Tensor) -> torch.Tensor:
     """Copy between two fences of NaN, which turn a read past an end into a NaN in y.
 
-    The interpreter takes fp8's NaN for 480: there a read past x or w shows only where the
-    other operand is not masked to 0. e2m1 has no NaN.
+    e2m1 has no NaN; its scales have.
     """
-    nan = 0x80 if tensor.dtype == torch.float8_e4m3fnuz else 0xFF
     size = tensor.numel() * tensor.element_size()
-    buffer = torch.full((size + 2 * FENCE,), nan, dtype=torch.uint8, device=tensor.device)
+    buffer = torch.full(
+        (size + 2 * FENCE,), poison(tensor.dtype), dtype=torch.uint8, device=tensor.device
+    )
     copy = buffer[FENCE : FENCE + size].view(tensor.dtype).view(tensor.shape)
     copy.copy_(tensor)
     return copy
@@ -58,24 +72,32 @@ class PoisonedEmpty:
         self.buffers = []
 
     def __call__(self, shape, *, dtype, device):
-        size = torch.Size(shape).numel()
-        fence = FENCE // dtype.itemsize
-        buffer = torch.full((size + 2 * fence,), float("nan"), dtype=dtype, device=device)
-        self.buffers.append((buffer, fence, size))
-        return buffer[fence : fence + size].view(shape)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        buffer = torch.full((size + 2 * FENCE,), poison(dtype), dtype=torch.uint8, device=device)
+        tensor = buffer[FENCE : FENCE + size].view(dtype).view(shape)
+        self.buffers.append((buffer, tensor))
+        return tensor
 
-    def check(self, y: torch.Tensor) -> None:
-        """Assert that y lies in the one buffer, was written whole, and nothing else was."""
-        assert len(self.buffers) == 1, f"torch.empty was called {len(self.buffers)} times, not once"
-        buffer, fence, size = self.buffers[0]
-        assert y.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-        missing = y.isnan().nonzero()
-        assert not len(missing), (
-            f"{len(missing)} of {y.numel()} elements of y {tuple(y.shape)} are NaN or were "
-            f"never written, the first at {missing[0].tolist()}"
-        )
-        outside = torch.cat((buffer[:fence], buffer[fence + size :]))
-        assert outside.isnan().all(), "memory before or after y was written"
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for _, tensor in self.buffers]
+
+    def check(self) -> None:
+        """Assert that every tensor was written whole, and nothing around it."""
+        for tensor in self.tensors:
+            scales = tensor.dtype == torch.uint8
+            missing = (tensor == 0xFF if scales else tensor.float().isnan()).nonzero()
+            assert not len(missing), (
+                f"{len(missing)} of {tensor.numel()} elements of {list(tensor.shape)} are NaN or "
+                f"were never written, the first at {missing[0].tolist()}"
+            )
+        self.check_fences()
+
+    def check_fences(self) -> None:
+        for buffer, tensor in self.buffers:
+            outside = torch.cat((buffer[:FENCE], buffer[buffer.numel() - FENCE :]))
+            clean = (outside == poison(tensor.dtype)).all()
+            assert clean, f"memory around {list(tensor.shape)} was written"
 
 
 def spread(generator: torch.Generator, m: int, experts: int, top_k: int) -> torch.Tensor:
@@ -103,58 +125,78 @@ class Case:
     x_scale: torch.Tensor
     w_scale: torch.Tensor
     routing: Routing
+    k: int
     bias: torch.Tensor | None
     gather: bool
     weighted: bool
+    scatter: bool
     swiglu: SwiGLU | None
-
-    @property
-    def k(self) -> int:
-        return self.x.shape[1]
+    # What launcher and reference of this kernel alone take by name.
+    own: dict = field(default_factory=dict)
 
     @property
     def n_out(self) -> int:
         return self.w.shape[1] // (2 if self.swiglu else 1)
 
     @property
-    def w_values(self) -> torch.Tensor:
-        """What w stands for, in float64."""
-        if self.kernel == "moe_gemm_a8w4":
-            return dequantize_mxfp4(self.w, self.w_scale, self.k).double()
-        return self.w.double() * self.w_scale.double()[:, None, None]
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.x, self.w, self.x_scale, self.w_scale
 
     @property
-    def options(self) -> dict:
+    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x and w stand for, in float64."""
+        return self._read(self.x, self.x_scale, 1), self._read(self.w, self.w_scale, FP8_BLOCK)
+
+    def _read(self, tensor: torch.Tensor, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        if tensor.dtype == torch.uint8:
+            return dequantize_mxfp4(tensor, scale, self.k).double()
+        if scale.dtype == torch.uint8:
+            return dequantize_mxfp8(tensor, scale).double()
+        values, scale = tensor.double(), scale.double()
+        if scale.dim() == 1:
+            return values * (scale if values.dim() == 2 else scale[:, None, None])
+        row = torch.arange(values.shape[-2], device=values.device) // rows
+        block = torch.arange(values.shape[-1], device=values.device) // FP8_BLOCK
+        return values * scale[..., row, :][..., block]
+
+    @property
+    def layer(self) -> dict:
         return {
             "bias": self.bias,
             "gather": self.gather,
             "weighted": self.weighted,
+            "scatter": self.scatter,
             "swiglu": self.swiglu,
         }
 
-    def run(self, tile: Tile, **launch) -> torch.Tensor:
+    def run(self, tile: Tile, **options):
         """Call the launcher as its users do."""
-        tensors = (self.x, self.w, self.x_scale, self.w_scale)
         launcher = getattr(load(self.kernel), self.kernel)
-        return launcher(*tensors, self.routing, tile, **self.options, **launch)
+        return launcher(*self.tensors, self.routing, tile, **self.layer, **self.own, **options)
 
-    def launch(self, tile: Tile, *, out_dtype=torch.float32, **launch) -> torch.Tensor:
+    def launch(self, tile: Tile, *, y_format="fp32", **options):
         """Run the kernel between fences and into poisoned memory."""
-        warps, stages = WARPS_AND_STAGES[self.kernel, tile]
-        tensors = [fenced(tensor) for tensor in (self.x, self.w, self.x_scale, self.w_scale)]
         inside = {
-            field.name: fenced(value) if isinstance(value, torch.Tensor) else value
-            for field in fields(self.routing)
-            for value in [getattr(self.routing, field.name)]
+            each.name: fenced(value) if isinstance(value, torch.Tensor) else value
+            for each in fields(self.routing)
+            for value in [getattr(self.routing, each.name)]
         }
-        options = self.options
-        if self.bias is not None:
-            options["bias"] = fenced(self.bias)
-        launch = {"num_warps": warps, "num_stages": stages, "out_dtype": out_dtype} | launch
-        run = getattr(load(self.kernel), self.kernel)
+        x, w, x_scale, w_scale = map(fenced, self.tensors)
+        guarded = replace(
+            self,
+            x=x,
+            w=w,
+            x_scale=x_scale,
+            w_scale=w_scale,
+            routing=Routing(**inside),
+            bias=None if self.bias is None else fenced(self.bias),
+        )
+        options = {"num_warps": WARPS.get(tile, 8), "y_format": y_format} | options
         with mock.patch.object(torch, "empty", PoisonedEmpty()) as poisoned:
-            y = run(*tensors, Routing(**inside), tile, **options, **launch)
-        poisoned.check(y)
+            y = guarded.run(tile, **options)
+        poisoned.check()
+        outputs = y if isinstance(y, tuple) else (y,)
+        assert all(map(torch.Tensor.is_set_to, outputs, poisoned.tensors)), "y lies elsewhere"
         return y
 
     def expected(self) -> torch.Tensor:
@@ -165,25 +207,31 @@ class Case:
         for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if start == end:
                 continue
+            rows = slice(start, end)
+            x, x_scale = self.x, self.x_scale
+            if not self.gather:
+                x = x[rows]
+                x_scale = x_scale[rows] if x_scale.dim() == 2 else x_scale
             one = replace(
                 self.routing,
-                row_index=self.routing.row_index[start:end],
+                gather_index=self.routing.gather_index[rows],
                 expert_end=self.routing.expert_end.new_tensor([end - start]),
-                weight=self.routing.weight[start:end],
+                weight=self.routing.weight[rows],
             )
-            part = reference(
-                self.x if self.gather else self.x[start:end],
-                self.w[expert : expert + 1],
-                self.x_scale,
-                self.w_scale[expert : expert + 1],
-                one,
-                **self.options | {"bias": None if self.bias is None else self.bias[expert, None]},
+            bias = None if self.bias is None else self.bias[expert, None]
+            only = slice(expert, expert + 1)
+            layer = self.layer | {"bias": bias, "scatter": False}
+            parts.append(
+                reference(x, self.w[only], x_scale, self.w_scale[only], one, **layer, **self.own)
             )
-            parts.append(part)
-        return torch.cat(parts)
+        y = torch.cat(parts)
+        if self.scatter:
+            y = torch.empty_like(y).index_copy_(0, self.routing.scatter_index.long(), y)
+        return y
 
-    def check(self, y: torch.Tensor) -> None:
-        assert_close(y, self.expected(), self.k, self.routing.expert_end)
+    def check(self, y, **how) -> None:
+        """Assert that y is what the reference expects; see `assert_close`."""
+        assert_close(y, self.expected(), self.k, **how)
 
 
 def make(
@@ -198,8 +246,11 @@ def make(
     gather: bool = True,
     bias: bool = False,
     weighted: bool = False,
+    scatter: bool = False,
     swiglu: SwiGLU | None = None,
     fp8: torch.dtype = torch.float8_e4m3fn,
+    x_format: str | None = None,
+    scale_layout: str | None = None,
 ) -> Case:
     """Draw a problem's tensors; the accumulator's deviation is 3, so that a limit of 7 bites.
 
@@ -212,88 +263,138 @@ def make(
 
     m, top_k = expert.shape
     weight = torch.rand(m, top_k, generator=generator, device=generator.device)
-    x, x_scale = quantize_fp8(normal(m if gather else m * top_k, k), fp8)
-    four_bits = kernel == "moe_gemm_a8w4"
+    quantize_x, quantize_w = quantizers(kernel, x_format, fp8)
+    x, x_scale = quantize_x(normal(m if gather else m * top_k, k))
     # One expert at a time: the float32 weights of a whole layer take gigabytes.
     w, w_scale = zip(
-        *(
-            quantize_mxfp4(values) if four_bits else quantize_fp8(values, fp8)
-            for values in (normal(n, k) * (3 / k**0.5) for _ in range(experts))
-        ),
-        strict=True,
+        *(quantize_w(normal(n, k) * (3 / k**0.5)) for _ in range(experts)), strict=True
     )
+    w_scales = torch.cat(w_scale) if w_scale[0].dim() == 1 else torch.stack(w_scale)
+    own: dict = {"k": k} if kernel == "moe_gemm_a4w4" else {}
+    if scale_layout:
+        own["scale_layout"] = scale_layout
+        w_scales = shuffle_scales_cdna4(w_scales) if scale_layout == "cdna4" else w_scales
     return Case(
         kernel=kernel,
         x=x,
         # Not every build stacks fp8.
         w=torch.stack([each.view(torch.uint8) for each in w]).view(w[0].dtype),
         x_scale=x_scale,
-        w_scale=torch.stack(w_scale) if four_bits else torch.cat(w_scale),
+        w_scale=w_scales,
         routing=route(expert, weight, experts, tile.block_m),
+        k=k,
         bias=normal(experts, n) if bias else None,
         gather=gather,
         weighted=weighted,
+        scatter=scatter,
         swiglu=swiglu,
+        own=own,
     )
 
 
-def tolerance(k: int, device: torch.device) -> float:
+def quantizers(kernel: str, x_format: str | None, fp8: torch.dtype) -> tuple[Callable, Callable]:
+    """Give what makes a kernel's x ``[rows, k]`` and one expert's w ``[n, k]``."""
+    return {
+        "moe_gemm_a8w8": (lambda x: quantize_fp8(x, fp8), lambda w: quantize_fp8(w, fp8)),
+        "moe_gemm_a8w8_blockscale": (
+            lambda x: quantize_fp8_blocks(x, fp8, rows=1),
+            lambda w: quantize_fp8_blocks(w, fp8, rows=FP8_BLOCK),
+        ),
+        "moe_gemm_a8w4": (
+            quantize_mxfp8
+            if x_format == "mxfp8"
+            else lambda x: quantize_fp8(x, torch.float8_e4m3fn),
+            quantize_mxfp4,
+        ),
+        "moe_gemm_a4w4": (quantize_mxfp4, quantize_mxfp4),
+    }[kernel]
+
+
+def tolerance(k: int, device: torch.device, fast_accum: bool = False) -> float:
     """Bound the relative error that accumulating k products in another order can leave.
 
-    Products of fp8 by fp8 or fp4 are exact in float32 (4 + 4 bits of significand), so
-    only the sum rounds. With u = 2^-24, a float32 sum of k terms is off by at most
-    k u sum|x w| (Higham, Accuracy and Stability of Numerical Algorithms, 4.2), and
-    Cauchy-Schwarz bounds the ratio of sum|x w| to the deviation of sum(x w) by sqrt(k):
-    k^1.5 u. Scales, bias and activation add a few u, and where SwiGLU is steep it
-    stretches the error about twofold; 4 covers both. That is 5e-4 at k = 160, and a
-    lost product of 160 leaves 8e-2 in its element.
+    Products of fp8 and fp4 are exact in float32 (4 + 4 bits of significand), so only the
+    sum rounds. With u = 2^-24, a float32 sum of k terms is off by at most k u sum|x w|
+    (Higham, Accuracy and Stability of Numerical Algorithms, 4.2), and Cauchy-Schwarz
+    bounds the ratio of sum|x w| to the deviation of sum(x w) by sqrt(k): k^1.5 u. Scales,
+    bias and activation add a few u, and where SwiGLU is steep it stretches the error about
+    twofold; 4 covers both. That is 5e-4 at k = 160, and a lost product of 160 leaves 8e-2
+    in its element.
 
-    Hopper's tensor cores add fp8 products, 32 at a time, with about 14 bits of significand
-    (DeepSeek-V3 report, arXiv:2412.19437, section 3.3.2) and cut the rest off: k / 32
-    sums of 2^-14 each. 4.5e-3 was seen on an H200 at k = 4096, where that bounds 7.8e-3.
+    At the k of models that bound is loose, so a GPU is held to 2e-3. Hopper's tensor cores
+    add fp8 products, 32 at a time, with about 14 bits of significand (DeepSeek-V3 report,
+    arXiv:2412.19437, section 3.3.2) and cut the rest off. Summed in fp32 after every 128,
+    each part is off by at most 4 x 2^-14 of itself, 2.4e-4, and so is their sum where parts
+    don't cancel; SwiGLU doubles that and the largest element, which errors are measured
+    against, leaves room. With ``fast_accum`` all k / 32 sums are cut: k / 32 x 2^-14.
     """
     if device.type == "cuda":
-        return max(2e-3, k / 32 * 2**-14)
+        return max(2e-3, k / 32 * 2**-14) if fast_accum else 2e-3
     return 4 * k**1.5 * 2**-24
 
 
-def rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Bound the relative error of storing one float32 as ``dtype``.
-
-    bf16 has 8 bits of significand: 2^-8 to nearest. The interpreter cuts the low bits
-    off instead, which leaves up to 2^-7 (0.0076 was seen).
-    """
-    if dtype == torch.float32:
-        return 0.0
-    assert dtype == torch.bfloat16
-    return 2**-8 if device.type == "cuda" else 2**-7
+# Bits of significand, half the smallest subnormal, the largest value.
+STORED = {
+    torch.float32: (24, 0.0, float("inf")),
+    torch.bfloat16: (8, 0.0, float("inf")),
+    torch.float8_e4m3fn: (4, 2**-10, 448.0),
+    torch.float8_e4m3fnuz: (4, 2**-11, 240.0),
+}
 
 
 def assert_close(
-    y: torch.Tensor, expected: torch.Tensor, k: int, expert_end: torch.Tensor | None = None
+    y: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    expected: torch.Tensor,
+    k: int,
+    *,
+    y_scale: torch.Tensor | None = None,
+    fast_accum: bool = False,
 ) -> None:
-    """Assert every element within storage rounding plus accumulation error.
+    """Assert every element within its format's rounding plus accumulation error.
+
+    Rounding to nearest with p bits of significand leaves 2^-p of an element, or half the
+    smallest subnormal. fp8 saturates: what is expected is the largest value there. mxfp8's
+    scale puts a group's largest element between 2^8 and 2^9 and the largest e4m3 is 448,
+    so that elements above it lose up to an eighth. Accumulation may move the largest
+    element across a power of two, and so the scale by a factor of 2.
 
     Accumulation error is measured against the largest element, for an element near zero
     is a difference of large ones; in float32 it is bounded as a whole too.
     """
+    y, scales = y if isinstance(y, tuple) else (y, None)
     assert y.shape == expected.shape, f"{tuple(y.shape)} is not {tuple(expected.shape)}"
     if not y.numel():
         return
-    accumulation, stored = tolerance(k, y.device), rounding(y.dtype, y.device)
-    error = (y.double() - expected).abs()
-    allowed = stored * expected.abs() + accumulation * expected.abs().max()
+    bits, subnormal, largest = STORED[y.dtype]
+    relative = torch.full_like(expected, 2.0**-bits)
+    noise = tolerance(k, y.device, fast_accum) * expected.abs().max()
+    absolute = noise
+    values = y.double()
+    if y_scale is not None:
+        values = values * y_scale.double()
+        expected = expected.clamp(-largest * y_scale.double(), largest * y_scale.double())
+        absolute = noise + subnormal * y_scale.double()
+    if scales is not None:
+        values = dequantize_mxfp8(y, scales).double()
+        groups = torch.nn.functional.pad(
+            expected.abs(), (0, -expected.shape[1] % MX_GROUP)
+        ).unflatten(1, (-1, MX_GROUP))
+        amax = groups.amax(2).repeat_interleave(MX_GROUP, 1)[:, : expected.shape[1]]
+        # The power of two that is above the group's largest element, or would be.
+        above = 2.0 ** (torch.floor(torch.log2((amax - noise).clamp(min=1e-30))) + 1)
+        relative = torch.where(expected.abs() + noise > 0.875 * above, 2.0**-3, relative)
+        absolute = noise + subnormal * 2.0 * amax / 2**8
+    error = (values - expected).abs()
+    allowed = relative * expected.abs() + absolute
     row, column = divmod(int((error / allowed).nan_to_num(nan=torch.inf).argmax()), y.shape[1])
-    of = "" if expert_end is None else f" (expert {int((expert_end <= row).sum())})"
     worst = (
-        f"worst at row {row}{of}, column {column} of {list(y.shape)}: got "
-        f"{float(y[row, column])!r}, expected {float(expected[row, column])!r}, off by "
+        f"worst at row {row}, column {column} of {list(y.shape)}: got "
+        f"{float(values[row, column])!r}, expected {float(expected[row, column])!r}, off by "
         f"{float(error[row, column]):.3g} where {float(allowed[row, column]):.3g} is allowed"
     )
     beyond = int((~(error <= allowed)).sum())
     assert not beyond, f"{beyond} of {y.numel()} elements are off; {worst}"
     if y.dtype == torch.float32:
-        relative = float(error.norm() / expected.norm())
-        assert relative <= accumulation, (
-            f"relative Frobenius error {relative:.3g} exceeds {accumulation:.3g}; {worst}"
-        )
+        bound = tolerance(k, y.device, fast_accum)
+        total = float(error.norm() / expected.norm())
+        assert total <= bound, f"relative Frobenius error {total:.3g} exceeds {bound:.3g}; {worst}"

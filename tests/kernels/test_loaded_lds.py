@@ -55,7 +55,16 @@ def test_the_gpu_loads_the_lds_that_was_told(
     target = installed_target()
     first = layer == 1
     problem = Problem(
-        "test", layer, 1, 64, SHAPE["experts"], 2, SHAPE["n"], SHAPE["k"], first, first, not first
+        model="test",
+        layer=layer,
+        tp=1,
+        m=64,
+        top_k=2,
+        **SHAPE,
+        gather=first,
+        swiglu=first,
+        weighted=not first,
+        scatter=not first,
     )
     switch = compiler.default_async_copy(target)
     configuration = Configuration(kernel, problem, tile, num_warps, num_stages, switch, target.name)
@@ -69,6 +78,7 @@ def test_the_gpu_loads_the_lds_that_was_told(
         **SHAPE,
         gather=problem.gather,
         weighted=problem.weighted,
+        scatter=problem.scatter,
         swiglu=PLAIN if problem.swiglu else None,
         bias=problem.bias,
     )

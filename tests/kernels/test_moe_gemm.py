@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from allpairspy import AllPairs
 from grouped_gemm import (
     GPT_OSS,
+    GROUPED,
     LARGE,
     PLAIN,
     SMALL,
+    Case,
+    assert_close,
     counted,
     every_kernel,
     every_tile,
@@ -20,8 +23,10 @@ from grouped_gemm import (
 )
 
 from moelab.kernels import load
-from moelab.kernels.routing import route
+from moelab.kernels.launch import Y_FORMATS
+from moelab.kernels.router import route
 from moelab.problems import LAYERS, MODELS, Problem, problem
+from moelab.specs import Tile
 
 # Tokens of each expert, by the tile's block_m.
 DISTRIBUTIONS = {
@@ -125,6 +130,23 @@ def test_k_may_be_any_length(kernel, tile, k, past_block, device_generator):
     case.check(case.launch(tile))
 
 
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+@every_tile
+@pytest.mark.parametrize("k", [1, 31, 33, 159])
+def test_what_fills_the_last_byte_is_never_used(kernel, tile, k, device_generator):
+    """k is odd: the high half of each row's last byte stands for no element."""
+    expert = spread(device_generator, m=6, experts=2, top_k=1)
+    case = make(kernel, device_generator, expert, tile, experts=2, n=40, k=k)
+    filled = {"w": case.w.clone()}
+    if kernel == "moe_gemm_a4w4":
+        filled["x"] = case.x.clone()
+    for tensor in filled.values():
+        tensor[..., -1] |= 0xF0
+    y = replace(case, **filled).launch(tile)
+    case.check(y)
+    assert torch.equal(y, case.launch(tile))
+
+
 @every_kernel
 @every_tile
 @pytest.mark.parametrize("gather", [True, False], ids=["gather", "sorted"])
@@ -148,7 +170,7 @@ def test_each_token_visits_its_top_k(kernel, tile, gather, top_k, device_generat
 LAYER_OPTIONS = {
     "layer 1": {"gather": True, "swiglu": PLAIN},
     "layer 1 of GPT-OSS": {"gather": True, "swiglu": GPT_OSS},
-    "layer 2": {"gather": False, "weighted": True},
+    "layer 2": {"gather": False, "weighted": True, "scatter": True},
 }
 
 
@@ -163,48 +185,58 @@ def test_layer_with_and_without_bias(kernel, tile, bias, options, device_generat
     case.check(case.launch(tile))
 
 
-# Every pair of two options' values is in some row. Complementary rows hold both values of
-# each option; rows of different first elements tell any two options apart.
-OPTIONS = ("gather", "weighted", "bias", "num_xcds", "out_dtype", "swiglu")
-F32, BF16 = torch.float32, torch.bfloat16
-OPTION_ROWS = (
-    (False, False, False, 1, BF16, None),
-    (True, True, True, 8, F32, None),
-    (False, False, False, 8, F32, PLAIN),
-    (True, True, True, 1, BF16, PLAIN),
-    (False, False, True, 1, F32, GPT_OSS),
-    (True, True, False, 8, BF16, GPT_OSS),
-    (False, True, False, 1, F32, None),
-    (True, False, True, 8, BF16, None),
-)
+# The first values are what the others' pairs are counted from.
+OPTIONS = {
+    "gather": [True, False],
+    "weighted": [False, True],
+    "scatter": [False, True],
+    "bias": [False, True],
+    "swiglu": [None, PLAIN, GPT_OSS],
+    "y_format": ["fp32", "bf16", "fp8", "mxfp8"],
+    "wide": [False, True],
+    "num_xcds": [1, 8],
+    "num_stages": [1, 2],
+}
+OWN_OPTIONS = {
+    "moe_gemm_a8w4": {"x_format": ["fp8", "mxfp8"], "scale_layout": ["rows", "cdna4"]},
+    "moe_gemm_a4w4": {"scale_layout": ["rows", "cdna4"]},
+}
 
 
-def test_the_rows_of_options_hold_every_pair():
-    columns = list(zip(*OPTION_ROWS, strict=True))
-    for first, second in itertools.combinations(columns, 2):
-        pairs = set(zip(first, second, strict=True))
-        assert pairs == set(itertools.product(set(first), set(second)))
+def pairs():
+    """Combine options so that any two values of two options meet in some row of a kernel."""
+    for kernel in GROUPED:
+        options = OPTIONS | OWN_OPTIONS.get(kernel, {})
+        for values in AllPairs(list(options.values())):
+            row = dict(zip(options, values, strict=True))
+            yield pytest.param(kernel, row, id=f"{kernel} {' '.join(map(str, values))}")
 
 
-@every_kernel
-@every_tile
-@pytest.mark.parametrize("row", OPTION_ROWS, ids=lambda row: " ".join(map(str, row[:5])))
-def test_options_work_together_in_pairs(kernel, tile, row, device_generator):
-    options = dict(zip(OPTIONS, row, strict=True))
-    launch = {name: options.pop(name) for name in ("num_xcds", "out_dtype")}
+@pytest.mark.parametrize(("kernel", "row"), list(pairs()))
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_options_work_together_in_pairs(kernel, row, large, device_generator, monkeypatch):
+    # cdna4 scales lie in blocks of 32 columns by 256 elements.
+    block_k = 128 if kernel == "moe_gemm_a8w8_blockscale" else 256
+    tile = Tile(128, 128, block_k) if large else Tile(16, 64, block_k)
+    row = dict(row)
+    options = {name: row.pop(name) for name in ("y_format", "num_xcds", "num_stages")}
+    if row.pop("wide"):
+        monkeypatch.setattr("moelab.kernels.launch.WIDE_ELEMENTS", 1)
     expert = spread(device_generator, m=9, experts=3, top_k=2)
     n, k = tile.block_n + 8, tile.block_k + 32
-    case = make(kernel, device_generator, expert, tile, experts=3, n=n, k=k, **options)
-    y = case.launch(tile, **launch)
-    assert y.dtype == launch["out_dtype"]
-    case.check(y)
+    case = make(kernel, device_generator, expert, tile, experts=3, n=n, k=k, **row)
+    of_y = {}
+    if options["y_format"] == "fp8":
+        # An eighth of the range is cut off.
+        of_y["y_scale"] = (case.expected().abs().amax() / 512).float().reshape(1)
+    case.check(case.launch(tile, num_warps=4, **options, **of_y), **of_y)
 
 
 @every_kernel
-def test_out_dtype_is_bf16_unless_asked(kernel, device_generator):
+def test_y_is_bf16_unless_asked(kernel, device_generator):
     expert = spread(device_generator, m=2, experts=1, top_k=1)
     case = make(kernel, device_generator, expert, SMALL, experts=1, n=32, k=64)
-    y = case.launch(SMALL, out_dtype=None)
+    y = case.run(SMALL, num_warps=4)
     assert y.dtype == torch.bfloat16
     case.check(y)
 
@@ -268,6 +300,7 @@ def test_scaled_down_layer_of_each_model(kernel, layer, model, device_generator)
         k=k,
         gather=full.gather,
         weighted=full.weighted,
+        scatter=full.scatter,
         bias=full.bias,
         swiglu=(GPT_OSS if "GPT-OSS" in model else PLAIN) if full.swiglu else None,
     )
@@ -276,11 +309,11 @@ def test_scaled_down_layer_of_each_model(kernel, layer, model, device_generator)
 
 # GPT-OSS's layer 2 has k = 720, which neither block_k nor mxfp4's groups of 32 divide.
 @pytest.mark.gpu
-@pytest.mark.parametrize("out_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("y_format", Y_FORMATS)
 @every_kernel
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("model", ["Qwen3-235B-A22B", "GPT-OSS 120B"])
-def test_layer_at_full_size(kernel, model, layer, out_dtype, device_generator):
+def test_layer_at_full_size(kernel, model, layer, y_format, device_generator):
     full = problem(model, layer, tp=4, m=512)
     expert = spread(device_generator, full.m, full.experts, full.top_k)
     case = make(
@@ -293,10 +326,83 @@ def test_layer_at_full_size(kernel, model, layer, out_dtype, device_generator):
         k=full.k,
         gather=full.gather,
         weighted=full.weighted,
+        scatter=full.scatter,
         bias=full.bias,
         swiglu=(GPT_OSS if "GPT-OSS" in model else PLAIN) if full.swiglu else None,
     )
-    case.check(case.launch(LARGE, out_dtype=out_dtype))
+    of_y = {"y_scale": torch.full((1,), 2**-4, device=expert.device)} if y_format == "fp8" else {}
+    case.check(case.launch(LARGE, y_format=y_format, **of_y), **of_y)
+
+
+# The sizes at which x, one expert's w, or y has more than 2^31 elements.
+BEYOND_32_BITS = {
+    "x": {"m": 2**19 + 5, "n": 64, "k": 8192},
+    "w": {"m": 40, "n": 2**19 + 8, "k": 8192},
+    "y": {"m": 2**21 + 5, "n": 1024 + 8, "k": 128},
+}
+
+
+@pytest.mark.gpu
+@every_kernel
+@pytest.mark.parametrize("size", BEYOND_32_BITS.values(), ids=BEYOND_32_BITS)
+def test_a_tensor_may_exceed_2_31_elements(kernel, size, device_generator):
+    """Rows and columns near the end are right, each read through the largest offsets."""
+    m, n, k = size.values()
+    case = large_case(kernel, device_generator, m, n, k)
+    y = case.run(LARGE)
+    rows = torch.arange(m - 40, m, device=y.device)
+    columns = torch.arange(n - 40, n, device=y.device)
+    last = replace(
+        case,
+        x=case.x.view(torch.uint8)[rows].view(case.x.dtype),
+        x_scale=case.x_scale[rows] if case.x_scale.dim() > 1 else case.x_scale,
+        routing=route(rows[:, None] * 0, torch.ones(40, 1, device=y.device), 1, LARGE.block_m),
+    )
+    expected = last.expected()[:, columns]
+    assert_close(y[rows][:, columns], expected, k)
+
+
+def large_case(kernel, generator, m, n, k):
+    """Draw codes rather than values: one expert, whose rows are the tokens in order."""
+    device = generator.device
+
+    def codes(*shape, largest=256):
+        return torch.randint(
+            0, largest, shape, dtype=torch.uint8, generator=generator, device=device
+        )
+
+    def operand(rows, bits):
+        if bits == 4:
+            return codes(rows, k // 2)
+        # Below 1 in magnitude: no NaN, and nothing that all else is small beside.
+        return (codes(rows, k) & 0xB7).view(torch.float8_e4m3fn)
+
+    x_bits, w_bits = (int(kernel[len("moe_gemm_") + at]) for at in (1, 3))
+    x, w = operand(m, x_bits), operand(n, w_bits)[None]
+    blocks, groups = -(-k // 128), -(-k // 32)
+    x_scale, w_scale = torch.ones(1, device=device), torch.ones(1, device=device)
+    if kernel == "moe_gemm_a8w8_blockscale":
+        x_scale = torch.rand(m, blocks, generator=generator, device=device)
+        w_scale = torch.rand(1, -(-n // 128), blocks, generator=generator, device=device)
+    if w_bits == 4:
+        w_scale = 120 + codes(1, n, groups, largest=8)
+    if x_bits == 4:
+        x_scale = 120 + codes(m, groups, largest=8)
+    expert = torch.zeros(m, 1, dtype=torch.int32, device=device)
+    return Case(
+        kernel=kernel,
+        x=x,
+        w=w,
+        x_scale=x_scale,
+        w_scale=w_scale,
+        routing=route(expert, torch.ones(m, 1, device=device), 1, LARGE.block_m),
+        k=k,
+        bias=None,
+        gather=True,
+        weighted=False,
+        scatter=False,
+        swiglu=None,
+    )
 
 
 @pytest.mark.gpu
@@ -318,11 +424,9 @@ def test_reference_is_the_equation(kernel, bias, options, generator):
     """Element by element, so that the reference is not trusted for its own sake."""
     expert = spread(generator, m=3, experts=4, top_k=2)
     case = make(kernel, generator, expert, SMALL, experts=4, n=6, k=32, bias=bias, **options)
-    y = load(kernel).reference(
-        case.x, case.w, case.x_scale, case.w_scale, case.routing, **case.options
-    )
-    x, w = case.x.double() * case.x_scale.double(), case.w_values
-    for row, index in enumerate(case.routing.row_index.tolist()):
+    y = load(kernel).reference(*case.tensors, case.routing, **case.layer, **case.own)
+    x, w = case.values
+    for row, index in enumerate(case.routing.scatter_index.tolist()):
         token, slot = divmod(index, 2)
         e = int(expert[token, slot])
         acc = (w[e] * x[token if case.gather else row]).sum(1)
@@ -333,7 +437,8 @@ def test_reference_is_the_equation(kernel, bias, options, generator):
             acc = gate / (1 + (-case.swiglu.alpha * gate).exp()) * (up + case.swiglu.shift)
         if case.weighted:
             acc = acc * case.routing.weight[row].double()
-        assert torch.allclose(y[row], acc, rtol=1e-12, atol=1e-12), f"row {row}"
+        got = y[index if case.scatter else row]
+        assert torch.allclose(got, acc, rtol=1e-6, atol=1e-6), f"row {row}"
 
 
 @every_kernel
@@ -348,8 +453,13 @@ def test_cost_is_the_work_and_the_bytes_of_the_tensors(kernel, gather, generator
     of = Problem("test", 1, 1, m, experts, top_k, n, k, gather, gather, weighted=False, bias=False)
     cost = load(kernel).cost(of)
     assert cost.flops == 2 * m * top_k * n * k
-    scales = case.w_scale.nbytes if kernel == "moe_gemm_a8w4" else 0
+    # A scale for the whole tensor, or for each expert, is nothing beside it.
+    scales = sum(scale.nbytes for scale in (case.x_scale, case.w_scale) if scale.dim() > 1)
     assert cost.bytes == case.x.nbytes + case.w.nbytes + scales + 2 * m * top_k * case.n_out
+    for y_format, y_bytes in {"fp32": 4, "fp8": 1, "mxfp8": 1}.items():
+        y_scales = -(-case.n_out // 32) if y_format == "mxfp8" else 0
+        more = m * top_k * ((y_bytes - 2) * case.n_out + y_scales)
+        assert load(kernel).cost(replace(of, y_format=y_format)).bytes == cost.bytes + more
 
 
 @every_kernel

@@ -59,7 +59,7 @@ def test_each_expert_has_its_own_scale(tile, device_generator):
     case = make("moe_gemm_a8w8", device_generator, expert, tile, experts=3, n=40, k=64)
     scales = torch.tensor([2.0**-12, 1.0, 2.0**12], device=expert.device)
     scaled = replace(case, w_scale=case.w_scale * scales)
-    of_row = scales[expert.flatten()[case.routing.row_index.long()]]
+    of_row = scales[expert.flatten()[case.routing.scatter_index.long()]]
     # Powers of two round nothing.
     assert torch.equal(scaled.launch(tile), case.launch(tile) * of_row[:, None])
 
@@ -75,3 +75,11 @@ def one_expert_reading_the_identity(generator, tile, n, k, fp8):
         x_scale=torch.full((1,), 2.0, device=device),
         w_scale=torch.full((1,), 4.0, device=device),
     )
+
+
+@every_tile
+def test_fast_accumulation_is_as_good_where_sums_are_exact(tile, device_generator):
+    """It changes what Hopper's fp8 tensor cores do, and nothing where there are none."""
+    expert = spread(device_generator, m=12, experts=3, top_k=1)
+    case = make("moe_gemm_a8w8", device_generator, expert, tile, experts=3, n=40, k=96)
+    case.check(case.launch(tile, fast_accum=True), fast_accum=True)

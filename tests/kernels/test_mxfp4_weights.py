@@ -1,4 +1,4 @@
-"""What is fp8 x mxfp4's own: codes, their packing, and a scale per 32 along K."""
+"""What mxfp4 weights add: codes, their packing, a scale per 32 along K, and its layout."""
 
 from __future__ import annotations
 
@@ -8,21 +8,8 @@ import pytest
 import torch
 from grouped_gemm import every_tile, make, spread
 
-from moelab.kernels.formats import dequantize_mxfp4
-
-
-@every_tile
-@pytest.mark.parametrize("k", [1, 31, 33, 159])
-def test_what_fills_the_last_byte_is_never_used(tile, k, device_generator):
-    """k is odd: the high half of each row's last byte stands for no element."""
-    expert = spread(device_generator, m=6, experts=2, top_k=1)
-    case = make("moe_gemm_a8w4", device_generator, expert, tile, experts=2, n=40, k=k)
-    filled = case.w.clone()
-    filled[..., -1] |= 0xF0
-    assert not torch.equal(filled, case.w)
-    y = replace(case, w=filled).launch(tile)
-    case.check(y)
-    assert torch.equal(y, case.launch(tile))
+from moelab.kernels.formats import dequantize_mxfp4, shuffle_scales_cdna4
+from moelab.specs import Tile
 
 
 @every_tile
@@ -65,3 +52,36 @@ def test_a_scale_moves_its_own_32_columns_alone(tile, device_generator):
     expected[1, 7] *= 2
     assert y[1, 7] != 0
     assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+@pytest.mark.parametrize("n", [32, 40, 72])
+@pytest.mark.parametrize("k", [256, 288, 777])
+def test_the_layout_of_scales_changes_no_bit(kernel, n, k, device_generator):
+    tile = Tile(16, 64, 256)
+    expert = spread(device_generator, m=6, experts=3, top_k=2)
+    case = make(kernel, device_generator, expert, tile, experts=3, n=n, k=k)
+    shuffled = replace(
+        case,
+        w_scale=shuffle_scales_cdna4(case.w_scale),
+        own=case.own | {"scale_layout": "cdna4"},
+    )
+    assert torch.equal(shuffled.launch(tile, num_warps=4), case.launch(tile, num_warps=4))
+    assert torch.equal(shuffled.expected(), case.expected())
+
+
+@every_tile
+def test_a_scale_of_x_moves_its_own_row_and_32_columns_alone(tile, device_generator):
+    expert = torch.zeros(3, 1, dtype=torch.int64, device=device_generator.device)
+    case = make(
+        "moe_gemm_a8w4", device_generator, expert, tile, experts=1, n=40, k=96, x_format="mxfp8"
+    )
+    doubled = case.x_scale.clone()
+    doubled[1, 2] += 1
+    x = torch.zeros_like(case.x, dtype=torch.float32)
+    # Row i of x sees group 2 of w alone.
+    x[:, 64:] = 1.0
+    case = replace(case, x=x.to(case.x.dtype))
+    expected = case.launch(tile)
+    expected[1] *= 2
+    assert torch.equal(replace(case, x_scale=doubled).launch(tile), expected)

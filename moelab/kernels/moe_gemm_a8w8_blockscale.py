@@ -1,0 +1,219 @@
+"""Grouped GEMM over experts, fp8 x fp8 with block scales: y[r] = act(sum_b s_x s_w x w^T + b).
+
+As `moe_gemm_a8w8`, but every 128 elements of a row of x share an fp32 scale, and so do
+every 128 x 128 elements of w (DeepSeek-V3 report, arXiv:2412.19437, section 3.3.2). A
+step along K stays within a block: its product is scaled once, then added in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Unpack
+
+import triton
+import triton.language as tl
+
+from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
+from . import launch as grouped
+from .epilogue import finish
+from .formats import FP8_BLOCK, dequantize_fp8_blocks
+from .launch import AMD_OPTIONS, Layer, Options, describe, expect, launch, x_rows
+from .operands import columns
+from .routing import Routing, expert_tile, tile_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# ROCm/aiter launches this one so, unlike the others.
+_AMD_OPTIONS = {**AMD_OPTIONS, "waves_per_eu": 1}
+
+
+@triton.jit
+def _moe_gemm_a8w8_blockscale_kernel(
+    y_ptr,  # [rows, n_out] bf16, fp32 or fp8
+    y_scale_ptr,  # [1] fp32, [rows, ceil(n_out / 32)] uint8 or None
+    x_ptr,  # [tokens, k] fp8 if gathered, else [rows, k]
+    w_ptr,  # [experts, n, k] fp8
+    x_scale_ptr,  # [rows of x, blocks] fp32
+    w_scale_ptr,  # [experts, ceil(n / 128), blocks] fp32
+    blocks,  # ceil(k / 128)
+    bias_ptr,  # [experts, n] fp32 or None
+    weight_ptr,  # [rows] fp32 routing weights or None
+    gather_ptr,  # [rows] int32 token of each row, or None: x is in expert order
+    scatter_ptr,  # [rows] int32 row of y of each row, or None: y is in expert order
+    expert_end_ptr,  # [experts] int32
+    tile_count_ptr,  # [1] int32
+    tile_expert_ptr,  # [max_tiles] int32
+    tile_row_ptr,  # [max_tiles] int32
+    n,
+    k,
+    alpha,
+    limit,
+    shift,
+    SWIGLU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    W_CACHE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_XCDS: tl.constexpr,
+):
+    exists, expert, row, pid_n = expert_tile(
+        tile_count_ptr, tile_expert_ptr, tile_row_ptr, n, BLOCK_N, GROUP_M, NUM_XCDS
+    )
+    if not exists:
+        return
+    rows, row_mask, x_rows, y_rows = tile_rows(
+        row, expert, expert_end_ptr, gather_ptr, scatter_ptr, BLOCK_M, WIDE
+    )
+    offs_n = columns(pid_n, n, BLOCK_N, WIDE)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Weights of all experts together can exceed 2^31 elements where one expert's do not.
+    expert = expert.to(tl.int64)
+    x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
+    w_ptrs = w_ptr + expert * n * k + offs_n[None, :] * k + offs_k[:, None]
+    x_scale_ptrs = x_scale_ptr + x_rows * blocks
+    w_scale_ptrs = w_scale_ptr + expert * tl.cdiv(n, 128) * blocks + offs_n // 128 * blocks
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start_k in range(0, k, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs, cache_modifier=W_CACHE)
+        else:
+            in_k = offs_k < k - start_k
+            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=in_k[:, None], other=0.0, cache_modifier=W_CACHE)
+        x_scale = tl.load(x_scale_ptrs + start_k // 128)
+        w_scale = tl.load(w_scale_ptrs + start_k // 128)
+        acc += tl.dot(x, w) * x_scale[:, None] * w_scale[None, :]
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    finish(
+        acc,
+        y_ptr,
+        y_scale_ptr,
+        bias_ptr,
+        weight_ptr,
+        rows,
+        row_mask,
+        y_rows,
+        expert,
+        pid_n,
+        n,
+        alpha,
+        limit,
+        shift,
+        BLOCK_N,
+        SWIGLU,
+    )
+
+
+def _blocks(size: int) -> int:
+    return -(-size // FP8_BLOCK)
+
+
+def _rules(tile: Tile) -> list[tuple[bool, str]]:
+    within = tile.block_k <= FP8_BLOCK
+    return [(within, f"block_k of at most {FP8_BLOCK}: a step must not span two scales")]
+
+
+def source(problem: Problem, tile: Tile, target: Target) -> Source:
+    """Describe the kernel to the compiler; needs no GPU.
+
+    Raises:
+        ValueError: the kernel can't take the tile.
+    """
+    blocks = _blocks(problem.k)
+    return describe(
+        _moe_gemm_a8w8_blockscale_kernel,
+        problem,
+        tile,
+        target,
+        x=TensorSpec((x_rows(problem), problem.k), target.fp8),
+        w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
+        own={
+            "x_scale_ptr": TensorSpec((x_rows(problem), blocks), "fp32"),
+            "w_scale_ptr": TensorSpec((problem.experts, _blocks(problem.n), blocks), "fp32"),
+            "blocks": blocks,
+        },
+        rules=_rules(tile),
+        amd_options=_AMD_OPTIONS,
+    )
+
+
+def moe_gemm_a8w8_blockscale(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    routing: Routing,
+    tile: Tile,
+    **options: Unpack[Options],
+) -> Any:
+    """Multiply each expert's rows by its weight.
+
+    Args:
+        x: ``[tokens, k]`` fp8 e4m3, OCP or FNUZ; ``[rows, k]`` unless gathered.
+        w: ``[experts, n, k]``, dtype of ``x``.
+        x_scale: ``[rows of x, ceil(k / 128)]`` fp32.
+        w_scale: ``[experts, ceil(n / 128), ceil(k / 128)]`` fp32.
+        routing: with ``block_m`` of ``tile``.
+        tile: its ``block_k`` is at most 128.
+        options: see `launch.Options`.
+    Returns:
+        y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
+    Raises:
+        ValueError: shapes, types or devices disagree; the message shows both.
+        triton.runtime.errors.OutOfResources: tile and stages exceed the LDS.
+    """
+    import torch
+
+    expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
+    experts, n, k = w.shape
+    blocks = _blocks(k)
+    expect("x", x, (None, k), (w.dtype,), of=w)
+    expect("x_scale", x_scale, (x.shape[0], blocks), (torch.float32,), of=w)
+    expect("w_scale", w_scale, (experts, _blocks(n), blocks), (torch.float32,), of=w)
+    return launch(
+        _moe_gemm_a8w8_blockscale_kernel,
+        x,
+        w,
+        {"x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "blocks": blocks},
+        routing,
+        tile,
+        k=k,
+        rules=_rules(tile),
+        amd_options=_AMD_OPTIONS,
+        **options,
+    )
+
+
+def cost(problem: Problem) -> Cost:
+    """Count useful FLOPs and the bytes that any implementation must move."""
+    blocks = _blocks(problem.k)
+    return grouped.cost(
+        problem,
+        x_row_bytes=problem.k + 4 * blocks,
+        w_bytes=problem.n * problem.k + 4 * _blocks(problem.n) * blocks,
+    )
+
+
+def reference(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    routing: Routing,
+    **layer: Unpack[Layer],
+) -> Tensor:
+    """Say what correct means: one matrix product per expert, in float64.
+
+    Arguments are those of `moe_gemm_a8w8_blockscale`; returns ``[rows, n_out]`` float64.
+    """
+    return grouped.reference(
+        dequantize_fp8_blocks(x, x_scale, rows=1).double(),
+        dequantize_fp8_blocks(w, w_scale, rows=FP8_BLOCK).double(),
+        routing,
+        **layer,
+    )
