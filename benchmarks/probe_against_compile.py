@@ -16,7 +16,7 @@ from collections.abc import Callable
 import triton
 from triton.compiler.errors import TritonError
 
-from moelab import compiler, plan
+from moelab import compiler, plan, problems
 from moelab.kernels import KERNELS
 from moelab.parameters import as_list
 from moelab.specs import Configuration
@@ -25,19 +25,21 @@ from moelab.targets import TARGETS, get
 # The published rules' tiles and warps for the smallest, a middle and the largest block_m,
 # on the targets that they were made for; on Hopper, where those spill, such as its kernels
 # use; small ones elsewhere, where fp8 is emulated in a lot of code.
-RULED_TILES = {
-    "moe_gemm_a8w8": (("16x64x256", 4), ("32x256x256", 8), ("128x256x256", 8)),
-    "moe_gemm_a8w4": (("16x128x256", 4), ("32x256x256", 8), ("128x512x256", 8)),
-}
+RULED_BLOCK_M = (16, 32, 128)
+RULED_DENSE_M = (4, 64, 8192)
 HOPPER_TILES = (("16x128x128", 4), ("64x128x128", 4), ("128x256x128", 8))
 SMALL_TILES = (("16x64x64", 4), ("32x64x128", 4), ("64x64x64", 8))
 
 
-def tiles_of(kernel: str, target: str) -> tuple[tuple[str, int], ...]:
-    """Choose the tiles, each with its warps."""
-    if target in ("gfx942", "gfx950"):
-        return RULED_TILES[kernel]
-    return HOPPER_TILES if target == "sm_90" else SMALL_TILES
+def tilings(kernel: str, target: str) -> list[dict[str, object]]:
+    """Choose three tiles, given or by what the rules have for a number of tokens."""
+    if target not in ("gfx942", "gfx950"):
+        tiles = HOPPER_TILES if target == "sm_90" else SMALL_TILES
+        return [{"tiles": tile, "warps": warps} for tile, warps in tiles]
+    if kernel in problems.DENSE:
+        return [{"m": m} for m in RULED_DENSE_M]
+    model = next(model for model in problems.MODELS.values() if kernel in model.kernels)
+    return [{"m": block_m * model.experts // model.top_k} for block_m in RULED_BLOCK_M]
 
 
 def configurations(
@@ -46,15 +48,15 @@ def configurations(
     """Every kernel, tile and stage count of each target; layers in turn."""
     found = []
     for kernel, target in itertools.product(KERNELS, targets):
-        for layer, (tile, warps) in zip(itertools.cycle((1, 2)), tiles_of(kernel, target)):
+        layers = (1, 1) if kernel in problems.DENSE else (1, 2)
+        for layer, tiling in zip(itertools.cycle(layers), tilings(kernel, target)):
             found += plan.grid(
                 kernels=kernel,
                 targets=target,
                 layers=layer,
-                tiles=tile,
-                warps=warps,
                 stages=stages,
                 async_copy=async_copy,
+                **tiling,
             )
     return found
 
