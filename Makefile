@@ -4,9 +4,11 @@ PYTHON ?= python3
 # build brings none and leaves the newest that pyproject.toml allows.
 TORCH ?= torch==2.13.0
 VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+# Small sizes: each access takes the sanitizer many times longer.
+MEMCHECK ?= pairs or partly_filled or chain or any_distribution or random or test_router
 BIN := .venv/bin
 
-.PHONY: report test test-all test-gpu bench versions check env clean
+.PHONY: report test test-all test-gpu memcheck bench versions check env clean
 .DEFAULT_GOAL := report
 
 env: .venv/ready
@@ -34,6 +36,12 @@ test-all: env
 # The kernels on the GPU at hand, at full size.
 test-gpu: env
 	$(BIN)/python -m pytest tests/kernels
+
+# Every kernel under CUDA's compute-sanitizer, which stops at a bad access. PyTorch's cache
+# would hide reads past a tensor's end.
+memcheck: env
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	    --target-processes all $(BIN)/python -m pytest -x tests/kernels -k "$(MEMCHECK)"
 
 bench: env
 	$(BIN)/python benchmarks/probe_against_compile.py

@@ -47,6 +47,12 @@ CHECKED_LOWERINGS = {
     "01394945ab08": "triton 3.9.0, cuda",
 }
 
+# What the AMD backend rejects only after allocating, where matrix units take no scales: Triton
+# 3.6 and 3.7 lower neither a scaled dot whose two operands have scales ("Unsupported
+# DotScaleOp") nor the widening of mxfp4 with fewer than 4 groups a step.
+_SCALED_MATRIX_UNITS = ("gfx950", "gfx1250")
+_REJECTED_LATER = re.compile(r"tt\.dot_scaled|amdg\.upcast_mxfp .*tensor<\d+x[12]xi8")
+
 # Tensor memory of an SM on sm_100, in columns (PTX ISA, tcgen05.alloc).
 TMEM_COLUMNS = 512
 
@@ -255,13 +261,19 @@ def lds(launch: Launch) -> Allocation:
         return full(launch)[0]
     with settings(launch), _compile_errors():
         module = _allocate(launch)
-    if module is None:
+    if module is None or _may_be_rejected_later(module, launch.target):
         return full(launch)[0]
     return Allocation(
         lds_bytes=module.get_int_attr("ttg.shared"),
         tmem_columns=module.get_int_attr("ttg.tensor_memory_size") or 0,
         method="allocation",
     )
+
+
+def _may_be_rejected_later(module: Any, target: Target) -> bool:
+    if target.backend != "hip" or target.arch in _SCALED_MATRIX_UNITS:
+        return False
+    return bool(_REJECTED_LATER.search(str(module)))
 
 
 def _allocate(launch: Launch) -> Any:
