@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
-from .launch import AMD_OPTIONS, STREAMED_BLOCK_M, WIDE_ELEMENTS, check_formats, expect, one_of
+from .launch import (
+    AMD_OPTIONS,
+    STREAMED_BLOCK_M,
+    WIDE_ELEMENTS,
+    TileRule,
+    check_formats,
+    check_tile,
+    expect,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,29 +124,15 @@ def _ff_a16w16_fused_kernel(
         tl.atomic_add(y_ptrs, tl.dot(h, w_down), mask=in_y, sem="relaxed")
 
 
-def check_tile(tile: Tile, *, gated: bool) -> None:
-    """Refuse a tile that the kernel can't take.
-
-    Raises:
-        ValueError: names the tile, what it has and what the kernel wants.
-    """
-    for name in ("block_m", "block_n", "block_k"):
-        block = getattr(tile, name)
-        if block < 1 or block & (block - 1):
-            raise ValueError(f"tile {tile} has {name} = {block}; expected a power of two")
-    if tile.split_k != 1:
-        raise ValueError(
-            f"tile {tile} has split_k = {tile.split_k}; expected 1: the activation needs the "
-            "whole sum over k"
-        )
+def _rules(tile: Tile, gated: bool) -> list[TileRule]:
+    least = f"{MIN_REDUCTION} or more: tl.dot reduces over no fewer"
     least_n = 2 * MIN_REDUCTION if gated else MIN_REDUCTION
-    for name, least in (("block_n", least_n), ("block_k", MIN_REDUCTION)):
-        block = getattr(tile, name)
-        if block < least:
-            raise ValueError(
-                f"tile {tile} has {name} = {block}; expected {least} or more"
-                f"{' with a gate' if gated else ''}: tl.dot reduces over {MIN_REDUCTION} or more"
-            )
+    of_n = f"{least_n} or more with a gate, which halves it" if gated else least
+    return [
+        ("split_k", tile.split_k == 1, "1: the activation needs the whole sum over k"),
+        ("block_n", tile.block_n >= least_n, of_n),
+        ("block_k", tile.block_k >= MIN_REDUCTION, least),
+    ]
 
 
 def _arguments(
@@ -181,7 +176,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         ValueError: the kernel can't take the tile or a format.
     """
     check_formats(problem, y_formats=Y_FORMATS)
-    check_tile(tile, gated=problem.swiglu)
+    check_tile(tile, _rules(tile, problem.swiglu))
     args = _arguments(
         y=TensorSpec((problem.m, problem.k), "fp32"),
         x=TensorSpec((problem.m, problem.k), "bf16"),
@@ -228,7 +223,7 @@ def ff_a16w16_fused(
     """
     import torch
 
-    check_tile(tile, gated=gated)
+    check_tile(tile, _rules(tile, gated))
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation is {activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}"

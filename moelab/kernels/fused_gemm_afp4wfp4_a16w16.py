@@ -26,7 +26,9 @@ from .launch import (
     GROUP_M,
     STREAMED_BLOCK_M,
     WIDE_ELEMENTS,
+    TileRule,
     check_formats,
+    check_tile,
     expect,
     one_of,
 )
@@ -284,23 +286,12 @@ def _sum_splits_kernel(
         )
 
 
-def check_tile(tile: Tile) -> None:
-    """Refuse a tile that the kernel can't take.
-
-    Raises:
-        ValueError: names the tile, what it has and what the kernel wants.
-    """
-    for name in ("block_m", "block_n", "block_k"):
-        block = getattr(tile, name)
-        if block < 1 or block & (block - 1):
-            raise ValueError(f"tile {tile} has {name} = {block}; expected a power of two")
-    if tile.block_k < MX_GROUP:
-        raise ValueError(
-            f"tile {tile} has block_k = {tile.block_k}; expected {MX_GROUP} or more: as many "
-            "mxfp4 elements share a scale"
-        )
-    if tile.split_k < 1:
-        raise ValueError(f"tile {tile} has split_k = {tile.split_k}; expected 1 or more")
+def _rules(tile: Tile) -> list[TileRule]:
+    least = f"{MX_GROUP} or more: as many mxfp4 elements share a scale"
+    return [
+        ("block_k", tile.block_k >= MX_GROUP, least),
+        ("split_k", tile.split_k >= 1, "1 or more"),
+    ]
 
 
 def _arguments(
@@ -360,7 +351,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile or a format.
     """
-    check_tile(tile)
+    check_tile(tile, _rules(tile))
     check_formats(problem, y_formats=Y_FORMATS)
     m, n, n_bf16, k = problem.m, problem.n, problem.n_bf16, problem.k
     shared = tile.split_k > 1
@@ -423,7 +414,7 @@ def fused_gemm_afp4wfp4_a16w16(
     """
     import torch
 
-    check_tile(tile)
+    check_tile(tile, _rules(tile))
     one_of("y_format", y_format, Y_FORMATS)
     u8, bf16, fp32 = (torch.uint8,), (torch.bfloat16,), (torch.float32,)
     expect("x_bf16", x_bf16, (None, None), bf16, of=w_fp4)

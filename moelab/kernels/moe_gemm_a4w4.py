@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from ..specs import SCALE_LAYOUTS, Cost, Problem, Source, Target, TensorSpec, Tile
-from . import launch as grouped
+from . import grouped_gemm
 from .epilogue import finish
 from .formats import dequantize_mxfp4, mx_groups, mx_pairs, without_filler
-from .launch import Layer, Options, describe, expect, launch, x_rows
+from .grouped_gemm import Layer, Options, x_rows
+from .launch import expect
 from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
 from .routing import Routing, expert_tile, tile_rows
 
@@ -138,7 +139,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     """
     rows, pairs, groups = x_rows(problem), mx_pairs(problem.k), mx_groups(problem.k)
     w_scale = scale_shape(problem.experts, problem.n, problem.k, problem.scale_layout)
-    return describe(
+    return grouped_gemm.describe(
         _moe_gemm_a4w4_kernel,
         problem,
         tile,
@@ -182,7 +183,7 @@ def moe_gemm_a4w4(
         k: elements of a row where they are odd; None takes every half byte.
         scale_layout: of w_scale: ``rows``, or ``cdna4`` as `formats.shuffle_scales_cdna4`
             gives it.
-        options: see `launch.Options`.
+        options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
     Raises:
@@ -210,13 +211,15 @@ def moe_gemm_a4w4(
     # What fills the last byte of x and of w must not meet; w's is left as it is.
     x = without_filler(x, k)
     rules = mx_rules(tile, scale_layout)
-    return launch(_moe_gemm_a4w4_kernel, x, w, own, routing, tile, k=k, rules=rules, **options)
+    return grouped_gemm.launch(
+        _moe_gemm_a4w4_kernel, x, w, own, routing, tile, k=k, rules=rules, **options
+    )
 
 
 def cost(problem: Problem) -> Cost:
     """Count useful FLOPs and the bytes that any implementation must move."""
     row_bytes = mx_pairs(problem.k) + mx_groups(problem.k)
-    return grouped.cost(problem, x_row_bytes=row_bytes, w_bytes=problem.n * row_bytes)
+    return grouped_gemm.cost(problem, x_row_bytes=row_bytes, w_bytes=problem.n * row_bytes)
 
 
 def reference(
@@ -235,7 +238,7 @@ def reference(
     Arguments are those of `moe_gemm_a4w4`; returns ``[rows, n_out]`` float64.
     """
     k = 2 * x.shape[-1] if k is None else k
-    return grouped.reference(
+    return grouped_gemm.reference(
         dequantize_mxfp4(x, x_scale, k).double(),
         dequantize_mxfp4(w, unshuffled(w_scale, w, k, scale_layout), k).double(),
         routing,

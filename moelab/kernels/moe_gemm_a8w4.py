@@ -23,10 +23,11 @@ from ..specs import (
     TensorSpec,
     Tile,
 )
-from . import launch as grouped
+from . import grouped_gemm
 from .epilogue import finish
 from .formats import dequantize_mxfp4, dequantize_mxfp8, mx_groups, mx_pairs
-from .launch import Layer, Options, describe, expect, launch, x_rows
+from .grouped_gemm import Layer, Options, x_rows
+from .launch import expect
 from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
 from .routing import Routing, expert_tile, tile_rows
 
@@ -160,7 +161,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         "mxfp8": TensorSpec((rows, groups), "u8"),
     }
     w_scale = scale_shape(problem.experts, problem.n, problem.k, problem.scale_layout)
-    return describe(
+    return grouped_gemm.describe(
         _moe_gemm_a8w4_kernel,
         problem,
         tile,
@@ -203,7 +204,7 @@ def moe_gemm_a8w4(
         routing: with ``block_m`` of ``tile``.
         scale_layout: of w_scale: ``rows``, or ``cdna4`` as `formats.shuffle_scales_cdna4`
             gives it.
-        options: see `launch.Options`.
+        options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
     Raises:
@@ -229,13 +230,15 @@ def moe_gemm_a8w4(
         "CDNA4": scale_layout == "cdna4",
     }
     rules = mx_rules(tile, scale_layout)
-    return launch(_moe_gemm_a8w4_kernel, x, w, own, routing, tile, k=k, rules=rules, **options)
+    return grouped_gemm.launch(
+        _moe_gemm_a8w4_kernel, x, w, own, routing, tile, k=k, rules=rules, **options
+    )
 
 
 def cost(problem: Problem) -> Cost:
     """Count useful FLOPs and the bytes that any implementation must move."""
     groups = mx_groups(problem.k)
-    return grouped.cost(
+    return grouped_gemm.cost(
         problem,
         x_row_bytes=problem.k + (groups if problem.x_format == "mxfp8" else 0),
         w_bytes=problem.n * (mx_pairs(problem.k) + groups),
@@ -260,7 +263,7 @@ def reference(
 
     mx_x = x_scale.dtype == torch.uint8
     w_scale = unshuffled(w_scale, w, x.shape[-1], scale_layout)
-    return grouped.reference(
+    return grouped_gemm.reference(
         dequantize_mxfp8(x, x_scale).double() if mx_x else x.double() * x_scale.double(),
         dequantize_mxfp4(w, w_scale, x.shape[-1]).double(),
         routing,

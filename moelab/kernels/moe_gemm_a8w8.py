@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
-from . import launch as grouped
+from . import grouped_gemm
 from .epilogue import finish
-from .launch import Layer, Options, describe, expect, launch, x_rows
+from .grouped_gemm import Layer, Options, x_rows
+from .launch import expect
 from .operands import columns
 from .routing import Routing, expert_tile, tile_rows
 
@@ -114,7 +115,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile.
     """
-    return describe(
+    return grouped_gemm.describe(
         _moe_gemm_a8w8_kernel,
         problem,
         tile,
@@ -149,7 +150,7 @@ def moe_gemm_a8w8(
         w_scale: ``[experts]`` fp32.
         routing: with ``block_m`` of ``tile``.
         fast_accum: leave the whole sum to Hopper's tensor cores, with about 14 bits.
-        options: see `launch.Options`.
+        options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
     Raises:
@@ -168,12 +169,12 @@ def moe_gemm_a8w8(
         "w_scale_ptr": w_scale,
         "MAX_IMPRECISE": None if fast_accum else min(PROMOTE_EVERY, tile.block_k),
     }
-    return launch(_moe_gemm_a8w8_kernel, x, w, own, routing, tile, k=k, **options)
+    return grouped_gemm.launch(_moe_gemm_a8w8_kernel, x, w, own, routing, tile, k=k, **options)
 
 
 def cost(problem: Problem) -> Cost:
     """Count useful FLOPs and the bytes that any implementation must move."""
-    return grouped.cost(problem, x_row_bytes=problem.k, w_bytes=problem.n * problem.k)
+    return grouped_gemm.cost(problem, x_row_bytes=problem.k, w_bytes=problem.n * problem.k)
 
 
 def reference(
@@ -188,7 +189,7 @@ def reference(
 
     Arguments are those of `moe_gemm_a8w8`; returns ``[rows, n_out]`` float64.
     """
-    return grouped.reference(
+    return grouped_gemm.reference(
         x.double() * x_scale.double(),
         w.double() * w_scale.double()[:, None, None],
         routing,

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
-from . import launch as grouped
+from . import grouped_gemm
 from .epilogue import finish
 from .formats import FP8_BLOCK, dequantize_fp8_blocks
-from .launch import AMD_OPTIONS, Layer, Options, describe, expect, launch, x_rows
+from .grouped_gemm import Layer, Options, x_rows
+from .launch import AMD_OPTIONS, TileRule, expect
 from .operands import columns
 from .routing import Routing, expert_tile, tile_rows
 
@@ -113,9 +114,9 @@ def _blocks(size: int) -> int:
     return -(-size // FP8_BLOCK)
 
 
-def _rules(tile: Tile) -> list[tuple[bool, str]]:
+def _rules(tile: Tile) -> list[TileRule]:
     within = tile.block_k <= FP8_BLOCK
-    return [(within, f"block_k of at most {FP8_BLOCK}: a step must not span two scales")]
+    return [("block_k", within, f"{FP8_BLOCK} or less: a step must not span two scales")]
 
 
 def source(problem: Problem, tile: Tile, target: Target) -> Source:
@@ -125,7 +126,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         ValueError: the kernel can't take the tile.
     """
     blocks = _blocks(problem.k)
-    return describe(
+    return grouped_gemm.describe(
         _moe_gemm_a8w8_blockscale_kernel,
         problem,
         tile,
@@ -160,7 +161,7 @@ def moe_gemm_a8w8_blockscale(
         w_scale: ``[experts, ceil(n / 128), ceil(k / 128)]`` fp32.
         routing: with ``block_m`` of ``tile``.
         tile: its ``block_k`` is at most 128.
-        options: see `launch.Options`.
+        options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
     Raises:
@@ -175,7 +176,7 @@ def moe_gemm_a8w8_blockscale(
     expect("x", x, (None, k), (w.dtype,), of=w)
     expect("x_scale", x_scale, (x.shape[0], blocks), (torch.float32,), of=w)
     expect("w_scale", w_scale, (experts, _blocks(n), blocks), (torch.float32,), of=w)
-    return launch(
+    return grouped_gemm.launch(
         _moe_gemm_a8w8_blockscale_kernel,
         x,
         w,
@@ -192,7 +193,7 @@ def moe_gemm_a8w8_blockscale(
 def cost(problem: Problem) -> Cost:
     """Count useful FLOPs and the bytes that any implementation must move."""
     blocks = _blocks(problem.k)
-    return grouped.cost(
+    return grouped_gemm.cost(
         problem,
         x_row_bytes=problem.k + 4 * blocks,
         w_bytes=problem.n * problem.k + 4 * _blocks(problem.n) * blocks,
@@ -211,7 +212,7 @@ def reference(
 
     Arguments are those of `moe_gemm_a8w8_blockscale`; returns ``[rows, n_out]`` float64.
     """
-    return grouped.reference(
+    return grouped_gemm.reference(
         dequantize_fp8_blocks(x, x_scale, rows=1).double(),
         dequantize_fp8_blocks(w, w_scale, rows=FP8_BLOCK).double(),
         routing,

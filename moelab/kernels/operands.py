@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..specs import SCALE_LAYOUTS, Tile
 from .formats import mx_groups, unshuffle_scales_cdna4
-from .launch import expect, one_of
+from .launch import TileRule, expect, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,12 +125,11 @@ def unshuffled(w_scale: Tensor, w: Tensor, k: int, layout: str) -> Tensor:
     return unshuffle_scales_cdna4(w_scale, w.shape[1], mx_groups(k))
 
 
-def mx_rules(tile: Tile, layout: str) -> list[tuple[bool, str]]:
+def mx_rules(tile: Tile, layout: str) -> list[TileRule]:
     """Say what tiles the layout of w's scales allows; see `launch.check_tile`."""
-    whole = tile.block_n % 32 == 0 and tile.block_k % 256 == 0
+    if layout == "rows":
+        return []
     return [
-        (
-            layout == "rows" or whole,
-            "block_n of 32 or more and block_k of 256 or more: cdna4 scales lie in blocks of both",
-        )
+        ("block_n", tile.block_n >= 32, "32 or more: cdna4 scales lie by 32 columns"),
+        ("block_k", tile.block_k >= 256, "256 or more: cdna4 scales lie by 256 elements of K"),
     ]

@@ -10,9 +10,8 @@ from grouped_gemm import GPT_OSS, GROUPED, PLAIN, SMALL, every_kernel, make, spr
 
 from moelab.kernels import KERNELS, load
 from moelab.kernels.formats import shuffle_scales_cdna4
-from moelab.kernels.launch import Y_FORMATS
 from moelab.problems import Problem
-from moelab.specs import TensorSpec, Tile
+from moelab.specs import Y_FORMATS, TensorSpec, Tile
 from moelab.targets import get
 
 
@@ -183,19 +182,19 @@ WRONG = {
     ),
     "blocks of the tile": (
         lambda a: {"tile": Tile(16, 48, 64)},
-        ("tile 16x48x64", "powers of two"),
+        ("tile 16x48x64 has block_n = 48", "a power of two"),
     ),
     "step of the tile": (
         lambda a: {"tile": Tile(16, 32, 16)},
-        ("tile 16x32x16", "block_k of 32 or more"),
+        ("tile 16x32x16 has block_k = 16", "32 or more"),
     ),
     "a shared reduction": (
         lambda a: {"tile": Tile(16, 32, 64, split_k=2)},
-        ("tile 16x32x64/2", "split_k = 1"),
+        ("tile 16x32x64/2 has split_k = 2", "expected 1"),
     ),
     "half a group of mxfp8": (
         lambda a: {"y_format": "mxfp8"},
-        ("tile 16x32x64", "block_n of 64 or more"),
+        ("tile 16x32x64 has block_n = 32", "64 or more"),
     ),
 }
 
@@ -375,17 +374,17 @@ REFUSED = {
     "a step across two scales": (
         "moe_gemm_a8w8_blockscale",
         {"tile": Tile(16, 64, 256)},
-        ("tile 16x64x256", "block_k of at most 128"),
+        ("tile 16x64x256 has block_k = 256", "128 or less"),
     ),
     "cdna4 scales of fewer than 32 columns": (
         "moe_gemm_a4w4",
         {"tile": Tile(16, 16, 256), "scale_layout": "cdna4"},
-        ("tile 16x16x256", "block_n of 32 or more and block_k of 256"),
+        ("tile 16x16x256 has block_n = 16", "32 or more"),
     ),
     "cdna4 scales of half a block of k": (
         "moe_gemm_a8w4",
         {"tile": Tile(16, 32, 128), "scale_layout": "cdna4"},
-        ("tile 16x32x128", "block_n of 32 or more and block_k of 256"),
+        ("tile 16x32x128 has block_k = 128", "256 or more"),
     ),
     "a layout that nobody knows": (
         "moe_gemm_a8w4",

@@ -23,10 +23,9 @@ from grouped_gemm import (
 )
 
 from moelab.kernels import load
-from moelab.kernels.launch import Y_FORMATS
 from moelab.kernels.router import route
 from moelab.problems import LAYERS, MODELS, Problem, problem
-from moelab.specs import Tile
+from moelab.specs import Y_FORMATS, Tile
 
 # Tokens of each expert, by the tile's block_m.
 DISTRIBUTIONS = {
@@ -221,7 +220,7 @@ def test_options_work_together_in_pairs(kernel, row, large, device_generator, mo
     row = dict(row)
     options = {name: row.pop(name) for name in ("y_format", "num_xcds", "num_stages")}
     if row.pop("wide"):
-        monkeypatch.setattr("moelab.kernels.launch.WIDE_ELEMENTS", 1)
+        monkeypatch.setattr("moelab.kernels.grouped_gemm.WIDE_ELEMENTS", 1)
     expert = spread(device_generator, m=9, experts=3, top_k=2)
     n, k = tile.block_n + 8, tile.block_k + 32
     case = make(kernel, device_generator, expert, tile, experts=3, n=n, k=k, **row)

@@ -1,0 +1,348 @@
+"""What all grouped GEMMs share: arguments, checks, the output, and what correct means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import triton
+
+from ..specs import Y_FORMATS, Cost, Problem, Source, Target, TensorSpec, Tile
+from . import routing as routing_
+from .epilogue import SwiGLU, finish_reference
+from .formats import MX_GROUP, mx_groups
+from .launch import (
+    AMD_OPTIONS,
+    GROUP_M,
+    STREAMED_BLOCK_M,
+    WIDE_ELEMENTS,
+    TileRule,
+    check_formats,
+    check_tile,
+    expect,
+    one_of,
+)
+from .routing import Routing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Layer(TypedDict, total=False):
+    """What a MoE layer asks of its GEMM; launchers and references take these by name.
+
+    Args:
+        bias: ``[experts, n]`` fp32, None adds nothing.
+        gather: x is ``[tokens, k]`` and rows are gathered by token (the default);
+            otherwise x is ``[rows, k]`` in expert order.
+        weighted: multiply each row by its routing weight.
+        scatter: row r of y is that of ``token * top_k + slot`` r; else expert order.
+        swiglu: activation over interleaved pairs of columns; n must be even.
+    """
+
+    bias: Tensor | None
+    gather: bool
+    weighted: bool
+    scatter: bool
+    swiglu: SwiGLU | None
+
+
+class Options(Layer, total=False):
+    """What a launcher takes by name besides: the output's format and how to launch.
+
+    Args:
+        y_format: ``bf16`` (the default), ``fp32``, ``fp8`` or ``mxfp8``.
+        y_scale: ``[1]`` fp32, the static scale of an ``fp8`` y: it stands for
+            ``y * y_scale``, and saturates.
+        num_xcds: dies of the chip that share no L2 (8 on MI300X and MI355X).
+    """
+
+    y_format: str
+    y_scale: Tensor | None
+    num_warps: int
+    num_stages: int
+    num_xcds: int
+
+
+def _tile_rules(tile: Tile, swiglu: bool, y_format: str) -> list[TileRule]:
+    """Say what every grouped GEMM wants of a tile; see `launch.check_tile`."""
+    least_n = (2 if swiglu else 1) * (MX_GROUP if y_format == "mxfp8" else 1)
+    of = " for whole groups of mxfp8" if y_format == "mxfp8" else ": SwiGLU pairs columns"
+    return [
+        ("split_k", tile.split_k == 1, "1: a MoE GEMM's reduction is not shared"),
+        ("block_k", tile.block_k >= 32, "32 or more, what matrix units take at once"),
+        ("block_n", tile.block_n >= least_n, f"{least_n} or more{of}"),
+    ]
+
+
+def x_rows(problem: Problem) -> int:
+    """Count the rows of x: one for each token if they are gathered."""
+    return problem.m if problem.gather else problem.rows
+
+
+def _arguments(
+    y: Any,
+    y_scale: Any,
+    x: Any,
+    w: Any,
+    own: Mapping[str, Any],
+    routing: Routing,
+    tile: Tile,
+    *,
+    n: int,
+    k: int,
+    bias: Any,
+    gather: bool,
+    weighted: bool,
+    scatter: bool,
+    swiglu: SwiGLU | None,
+    num_xcds: int,
+) -> dict[str, Any]:
+    """Bind the kernel's parameters: a launch with tensors, the compiler with shapes."""
+    activation = swiglu or SwiGLU()
+    largest = max(math.prod(x.shape), math.prod(y.shape), math.prod(w.shape[1:]))
+    return {
+        "y_ptr": y,
+        "y_scale_ptr": y_scale,
+        "x_ptr": x,
+        "w_ptr": w,
+        **own,
+        "bias_ptr": bias,
+        "weight_ptr": routing.weight if weighted else None,
+        "gather_ptr": routing.gather_index if gather else None,
+        "scatter_ptr": routing.scatter_index if scatter else None,
+        "expert_end_ptr": routing.expert_end,
+        "tile_count_ptr": routing.tile_count,
+        "tile_expert_ptr": routing.tile_expert,
+        "tile_row_ptr": routing.tile_row,
+        "n": n,
+        "k": k,
+        "alpha": activation.alpha,
+        "limit": activation.limit,
+        "shift": activation.shift,
+        "SWIGLU": swiglu is not None,
+        "EVEN_K": k % tile.block_k == 0,
+        "WIDE": largest >= WIDE_ELEMENTS,
+        "W_CACHE": ".cg" if tile.block_m <= STREAMED_BLOCK_M else "",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": GROUP_M,
+        "NUM_XCDS": num_xcds,
+    }
+
+
+def describe(
+    kernel: Any,
+    problem: Problem,
+    tile: Tile,
+    target: Target,
+    x: TensorSpec,
+    w: TensorSpec,
+    own: Mapping[str, Any],
+    rules: Iterable[TileRule] = (),
+    amd_options: Mapping[str, Any] = AMD_OPTIONS,
+    x_formats: Sequence[str | None] = (None,),
+    scale_layouts: Sequence[str] = ("rows",),
+) -> Source:
+    """Describe a launch of ``kernel`` to the compiler; needs no GPU.
+
+    Args:
+        own: the arguments that only this kernel has, by name.
+        rules: the kernel's own; see `launch.check_tile`.
+        x_formats, scale_layouts: what the kernel takes.
+    Raises:
+        ValueError: the kernel can't take the tile or a format.
+    """
+    check_formats(problem, x_formats, Y_FORMATS, scale_layouts)
+    check_tile(tile, [*_tile_rules(tile, problem.swiglu, problem.y_format), *rules])
+    shape = (problem.rows, problem.n_out)
+    fp8 = x.dtype if x.dtype.startswith("fp8") else "fp8e4nv"
+    dtypes = {"bf16": "bf16", "fp32": "fp32", "fp8": fp8, "mxfp8": "fp8e4nv"}
+    scales = {
+        "fp8": TensorSpec((1,), "fp32"),
+        "mxfp8": TensorSpec((problem.rows, mx_groups(problem.n_out)), "u8"),
+    }
+    args = _arguments(
+        TensorSpec(shape, dtypes[problem.y_format]),
+        scales.get(problem.y_format),
+        x,
+        w,
+        own,
+        routing_.describe(problem, tile),
+        tile,
+        n=problem.n,
+        k=problem.k,
+        bias=TensorSpec((problem.experts, problem.n), "fp32") if problem.bias else None,
+        gather=problem.gather,
+        weighted=problem.weighted,
+        scatter=problem.scatter,
+        swiglu=SwiGLU() if problem.swiglu else None,
+        num_xcds=target.xcds,
+    )
+    return Source(kernel, args, dict(amd_options) if target.backend == "hip" else {})
+
+
+def launch(
+    kernel: Any,
+    x: Tensor,
+    w: Tensor,
+    own: Mapping[str, Any],
+    routing: Routing,
+    tile: Tile,
+    *,
+    k: int,
+    rules: Iterable[TileRule] = (),
+    amd_options: Mapping[str, Any] = AMD_OPTIONS,
+    bias: Tensor | None = None,
+    gather: bool = True,
+    weighted: bool = False,
+    scatter: bool = False,
+    swiglu: SwiGLU | None = None,
+    y_format: str = "bf16",
+    y_scale: Tensor | None = None,
+    num_warps: int = 8,
+    num_stages: int = 2,
+    num_xcds: int = 1,
+) -> Any:
+    """Check what all grouped GEMMs check, allocate y and launch; see `Options`.
+
+    Args:
+        x, w: checked for type and columns already.
+        own: the arguments that only this kernel has, by name; already checked.
+        rules: the kernel's own; see `launch.check_tile`.
+    Returns:
+        ``[rows, n]`` of ``y_format``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` the
+        elements and their e8m0 scales ``[rows, ceil(columns / 32)]``.
+    Raises:
+        ValueError: an argument disagrees with ``w``, or the kernel can't take the tile;
+            the message shows both.
+    """
+    import torch
+
+    experts, n = w.shape[:2]
+    rows = routing.scatter_index.numel()
+    expect("x", x, (rows // routing.top_k if gather else rows, x.shape[1]), (x.dtype,), of=w)
+    if bias is not None:
+        expect("bias", bias, (experts, n), (torch.float32,), of=w)
+    tiles = routing.tile_expert.numel()
+    indices = {
+        "gather_index": rows,
+        "scatter_index": rows,
+        "expert_end": experts,
+        "tile_count": 1,
+        "tile_row": tiles,
+    }
+    for name, size in indices.items():
+        expect(f"routing.{name}", getattr(routing, name), (size,), (torch.int32,), of=w)
+    expect("routing.weight", routing.weight, (rows,), (torch.float32,), of=w)
+    check_tile(tile, [*_tile_rules(tile, swiglu is not None, y_format), *rules])
+    if routing.block_m != tile.block_m:
+        raise ValueError(
+            f"tile {tile} has block_m = {tile.block_m}, but the routing was laid out for "
+            f"block_m = {routing.block_m}; pass both the same"
+        )
+    if swiglu is not None and n % 2:
+        raise ValueError(f"w has n = {n}; SwiGLU pairs columns and needs n even")
+    one_of("y_format", y_format, Y_FORMATS)
+    if (y_format == "fp8") != (y_scale is not None):
+        raise ValueError(
+            f"y_format is {y_format!r} and y_scale "
+            f"{'missing' if y_scale is None else 'given'}; an fp8 y takes a static scale [1] "
+            "fp32, the other formats none"
+        )
+    if y_scale is not None:
+        expect("y_scale", y_scale, (1,), (torch.float32,), of=w)
+    n_out = n // 2 if swiglu else n
+    dtypes = {
+        "bf16": torch.bfloat16,
+        "fp32": torch.float32,
+        "fp8": x.dtype if x.dtype == torch.float8_e4m3fnuz else torch.float8_e4m3fn,
+        "mxfp8": torch.float8_e4m3fn,
+    }
+    y = torch.empty((rows, n_out), dtype=dtypes[y_format], device=w.device)
+    if y_format == "mxfp8":
+        y_scale = torch.empty((rows, mx_groups(n_out)), dtype=torch.uint8, device=w.device)
+    if rows and n:
+        args = _arguments(
+            y,
+            y_scale,
+            x,
+            w,
+            own,
+            routing,
+            tile,
+            n=n,
+            k=k,
+            bias=bias,
+            gather=gather,
+            weighted=weighted,
+            scatter=scatter,
+            swiglu=swiglu,
+            num_xcds=num_xcds,
+        )
+        options = amd_options if torch.version.hip else {}
+        grid = (tiles * triton.cdiv(n, tile.block_n),)
+        kernel[grid](**args, **options, num_warps=num_warps, num_stages=num_stages)
+    return (y, y_scale) if y_format == "mxfp8" else y
+
+
+def cost(problem: Problem, x_row_bytes: int, w_bytes: int) -> Cost:
+    """Count useful FLOPs and the bytes that any implementation must move.
+
+    Args:
+        x_row_bytes, w_bytes: of a row of x and of one expert's w, scales included.
+    """
+    y_row_bytes = {
+        "bf16": 2 * problem.n_out,
+        "fp32": 4 * problem.n_out,
+        "fp8": problem.n_out,
+        "mxfp8": problem.n_out + mx_groups(problem.n_out),
+    }[problem.y_format]
+    return Cost(
+        flops=2 * problem.rows * problem.n * problem.k,
+        bytes=x_rows(problem) * x_row_bytes
+        + min(problem.experts, problem.rows) * w_bytes
+        + problem.rows * y_row_bytes,
+    )
+
+
+def reference(
+    x: Tensor,
+    w: Tensor,
+    routing: Routing,
+    *,
+    bias: Tensor | None = None,
+    gather: bool = True,
+    weighted: bool = False,
+    scatter: bool = False,
+    swiglu: SwiGLU | None = None,
+) -> Tensor:
+    """Say what correct means: one matrix product per expert, in float64; see `Layer`.
+
+    Args:
+        x: ``[tokens, k]`` if ``gather``, else ``[rows, k]``, float64.
+        w: ``[experts, n, k]`` float64.
+    Returns:
+        ``[rows, n_out]`` float64, not quantized.
+    """
+    import torch
+
+    if gather:
+        x = x[routing.gather_index.long()]
+    ends = routing.expert_end.tolist()
+    parts = []
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        parts.append(
+            finish_reference(
+                x[start:end] @ w[expert].T,
+                bias[expert] if bias is not None else None,
+                routing.weight[start:end] if weighted else None,
+                swiglu,
+            )
+        )
+    y = torch.cat(parts)
+    if scatter:
+        y = torch.empty_like(y).index_copy_(0, routing.scatter_index.long(), y)
+    return y
