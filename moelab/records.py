@@ -169,7 +169,7 @@ def journalled(store: Path) -> Iterator[dict[str, Any]]:
                     f"{path}:{number} has schema {schema}; this moelab reads up to "
                     f"{SCHEMA_VERSION}: upgrade moelab, or choose another store"
                 )
-            yield _SINCE_2 | row
+            yield _SINCE_2 | row if schema < 2 else row
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

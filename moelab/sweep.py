@@ -197,7 +197,7 @@ def _compile_all(
 
     if not configurations:
         return
-    with tempfile.TemporaryDirectory(prefix="moelab-") as logs:
+    with tempfile.TemporaryDirectory(prefix="moelab-") as logs, _script_left_out():
         pool = ProcessPool(
             max_workers=min(jobs, len(configurations)),
             initializer=_start_worker,
@@ -221,6 +221,21 @@ def _compile_all(
             # Whatever ended the loop: no worker compiles on for nobody.
             pool.stop()
             pool.join()
+
+
+@contextlib.contextmanager
+def _script_left_out() -> Iterator[None]:
+    """Keep workers from importing the script that sweeps, of which they need nothing.
+
+    One without an ``if __name__ == "__main__"`` would sweep again in each of them.
+    """
+    script = vars(sys.modules["__main__"])
+    kept = {name: script.get(name) for name in ("__file__", "__spec__")}
+    script.update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        script.update(kept)
 
 
 def _outcome(

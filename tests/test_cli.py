@@ -9,9 +9,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import compiler, records, report
+from moelab import compiler, plan, records, report, sweep
 from moelab.cli import app
 from moelab.kernels import KERNELS
+from moelab.problems import DENSE
 from moelab.targets import TARGETS
 
 EXAMPLE = [
@@ -122,15 +123,55 @@ def test_rows_are_exported_on_request(swept, no_workers, tmp_path):
     assert len(records.read(path)) == 4
 
 
-def test_many_rows_are_counted_and_a_compile_error_is_told_once_on_stderr(tmp_path, monkeypatch):
-    from moelab import plan, sweep
+def answer_all(monkeypatch, status, reason=None):
+    """Give every configuration the same answer, without compiling."""
 
-    def reject(configurations, full, jobs, timeout_s):
+    def answer(configurations, full, jobs, timeout_s):
         for key, configuration in configurations.items():
-            target = TARGETS[configuration.target]
-            yield key, sweep._stamped("compile_error", "fp8e4nv not supported", target)
+            yield key, sweep._stamped(status, reason, TARGETS[configuration.target])
 
-    monkeypatch.setattr(sweep, "_compile_all", reject)
+    monkeypatch.setattr(sweep, "_compile_all", answer)
+
+
+def test_all_kernels_are_every_kernel_there_is(tmp_path, monkeypatch):
+    answer_all(monkeypatch, "ok")
+    given = ["sweep", "--kernel", "all", "--target", "sm_90", "--stages", "1", "--layer", "all"]
+    result = run(*given, "--store", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert list(dict.fromkeys(row["kernel"] for row in rows)) == list(KERNELS)
+    assert {row["kernel"] for row in rows if row["layer"] == 2} == set(KERNELS) - set(DENSE)
+
+
+def test_formats_arrive_in_the_rows_and_are_shown_where_they_vary(tmp_path, monkeypatch):
+    answer_all(monkeypatch, "ok")
+    given = [
+        *("sweep", "--kernel", "moe_gemm_a8w4", "--target", "gfx950", "--stages", "1"),
+        *("--x-format", "fp8,mxfp8", "--y-format", "mxfp8", "--scale-layout", "rows,cdna4"),
+        *("--store", tmp_path),
+    ]
+    rows = [json.loads(line) for line in run(*given, "--json").stdout.splitlines()]
+    assert [(row["x_format"], row["y_format"], row["scale_layout"]) for row in rows] == [
+        ("fp8", "mxfp8", "rows"),
+        ("fp8", "mxfp8", "cdna4"),
+        ("mxfp8", "mxfp8", "rows"),
+        ("mxfp8", "mxfp8", "cdna4"),
+    ]
+    header, *_ = run(*given).stdout.splitlines()
+    assert "x_format" in header and "scale_layout" in header
+    assert "y_format" not in header
+
+
+def test_a_shared_reduction_is_typed_and_shown_as_part_of_the_tile(tmp_path, monkeypatch):
+    answer_all(monkeypatch, "ok")
+    given = ["sweep", "--kernel", "fused_gemm_afp4wfp4_a16w16", "--target", "gfx950"]
+    result = run(*given, "--tile", "64x32x512/7", "--warps", "8", "--store", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "64x32x512/7" in result.stdout
+
+
+def test_many_rows_are_counted_and_a_compile_error_is_told_once_on_stderr(tmp_path, monkeypatch):
+    answer_all(monkeypatch, "compile_error", "fp8e4nv not supported")
     arguments = ["--kernel", "moe_gemm_a8w8", "--target", "sm_80", "--m", "all", "--stages"]
     assert len(plan.grid(kernels="moe_gemm_a8w8", targets="sm_80", m="all", stages="1,2,3,4")) == 64
     result = run("sweep", *arguments, "1,2,3,4", "--store", tmp_path)
@@ -157,6 +198,9 @@ SMALL = {"--kernel": "moe_gemm_a8w8", "--target": "gfx950"}
         ("--warps", "8", ["tiles 128x256x256"]),
         ("--stages", "two", ["stages: 'two'", "1,2"]),
         ("--async-copy", "maybe", ["on, off, both, default"]),
+        ("--x-format", "mxfp9", ["did you mean 'mxfp8'?", "fp8, mxfp8"]),
+        ("--y-format", "fp16", ["bf16, fp32, fp8, mxfp8"]),
+        ("--scale-layout", "columns", ["rows, cdna4"]),
         ("--jobs", "0", ["x>=1"]),
         ("--export", "rows.csv", ["rows.parquet"]),
     ],

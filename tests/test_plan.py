@@ -48,6 +48,12 @@ def grid(**changed):
         ("async_copy", "maybe", ["'maybe'", "on, off, both, default"]),
         ("async_copy", ["on"], ["on, off, both, default"]),
         ("async_copy", True, ["on, off, both, default"]),
+        ("x_format", "mxfp9", ["did you mean 'mxfp8'?", "fp8, mxfp8"]),
+        ("x_format", "bf16", ["'bf16'", "fp8, mxfp8"]),
+        ("y_format", "fp16", ["did you mean", "bf16, fp32, fp8, mxfp8"]),
+        ("y_format", "", ["y_format is empty", "bf16, fp32, fp8, mxfp8"]),
+        ("scale_layout", "row", ["did you mean 'rows'?", "rows, cdna4"]),
+        ("scale_layout", None, ["scale_layout: None"]),
     ],
 )
 def test_a_wrong_value_is_answered_with_its_parameter_and_the_right_ones(parameter, value, right):
@@ -70,6 +76,9 @@ def test_a_wrong_value_is_answered_with_its_parameter_and_the_right_ones(paramet
         {"tiles": "16x64x64,32x64x64"},
         {"warps": "4,8"},
         {"stages": "1,2,3"},
+        {"x_format": "fp8,mxfp8"},
+        {"y_format": "bf16,mxfp8"},
+        {"scale_layout": "rows,cdna4"},
     ],
 )
 def test_comma_separated_text_and_a_list_ask_the_same(changed):
@@ -121,6 +130,8 @@ def test_targets_come_in_the_order_given():
         {"tiles": "16x64x64, 16x64x64"},
         {"warps": [4, 4]},
         {"stages": "1,2,1"},
+        {"y_format": "bf16,bf16"},
+        {"scale_layout": ["rows", "rows"]},
     ],
 )
 def test_what_is_named_twice_is_asked_once(twice):
@@ -135,14 +146,58 @@ def test_all_means_every_one():
     assert tuple(dict.fromkeys(c.problem.m for c in grid(m="all"))) == problems.TOKENS
 
 
+def test_each_format_is_asked_with_every_other():
+    found = grid(stages=1, x_format="all", y_format="bf16,mxfp8", scale_layout="all")
+    assert [(c.problem.x_format, c.problem.y_format, c.problem.scale_layout) for c in found] == [
+        ("fp8", "bf16", "rows"),
+        ("fp8", "bf16", "cdna4"),
+        ("fp8", "mxfp8", "rows"),
+        ("fp8", "mxfp8", "cdna4"),
+        ("mxfp8", "bf16", "rows"),
+        ("mxfp8", "bf16", "cdna4"),
+        ("mxfp8", "mxfp8", "rows"),
+        ("mxfp8", "mxfp8", "cdna4"),
+    ]
+
+
+def test_without_formats_each_kernel_gets_its_first_in_the_plainest_layout():
+    for c in grid(kernels="all", x_format="", layers="all"):
+        formats = (c.problem.x_format, c.problem.y_format, c.problem.scale_layout)
+        assert formats == (None, "bf16", "rows")
+
+
 def test_all_models_are_those_served_with_the_kernel_and_none_is_the_first():
     assert {c.problem.model for c in grid(models="all")} == {"Llama4 Maverick", "Qwen3-235B-A22B"}
     assert {c.problem.model for c in grid(models=None)} == {"Llama4 Maverick"}
     a8w4 = grid(kernels="moe_gemm_a8w4", models="all")
     assert {c.problem.model for c in a8w4} == {"GPT-OSS 120B", "Kimi-K2 Thinking"}
+    fused = grid(kernels="fused_gemm_afp4wfp4_a16w16", models="all")
+    assert {c.problem.model for c in fused} == {"DeepSeek-R1"}
 
 
-def test_the_published_table_is_3072_questions():
+@pytest.mark.parametrize("kernel", problems.DENSE)
+def test_what_computes_a_shared_expert_has_one_layer(kernel):
+    (model,) = (model.name for model in problems.MODELS.values() if kernel in model.kernels)
+    found = grid(kernels=kernel, tp="all")
+    shared = [problems.shared_expert(kernel, model, tp, 8704) for tp in problems.TENSOR_PARALLEL]
+    assert list(dict.fromkeys(c.problem for c in found)) == shared
+    assert grid(kernels=kernel, tp="all", layers="all") == found
+    with pytest.raises(ParameterError, match=f"layers: {kernel} has no layer 2.* give 1"):
+        grid(kernels=kernel, layers=2)
+
+
+def test_beside_what_has_one_layer_the_others_have_both():
+    found = grid(kernels=f"moe_gemm_a8w8,{problems.DENSE[0]}", layers="1,2", stages=1)
+    assert [(c.kernel, c.problem.layer) for c in found] == [
+        ("moe_gemm_a8w8", 1),
+        ("moe_gemm_a8w8", 2),
+        (problems.DENSE[0], 1),
+    ]
+    (second,) = grid(kernels=f"moe_gemm_a8w8,{problems.DENSE[0]}", layers=2, stages=1)
+    assert second == found[1]
+
+
+def test_the_published_table_and_the_shared_experts_are_6912_questions():
     found = plan.grid(
         kernels="all",
         targets="gfx950",
@@ -153,8 +208,12 @@ def test_the_published_table_is_3072_questions():
         stages="1,2,3",
         async_copy="both",
     )
-    # 4 models x 2 layers x 4 shardings x 16 token counts x 3 stage counts x 2.
-    assert len(found) == len(set(found)) == 3072
+    # 8 pairs of MoE GEMM and model with 2 layers each, and 2 shared experts with 1; then
+    # 4 shardings x 16 token counts x 3 stage counts x 2.
+    assert len(found) == len(set(found)) == (8 * 2 + 2) * 4 * 16 * 3 * 2 == 6912
+    assert {(c.kernel, c.problem.model) for c in found} == {
+        (kernel, model.name) for model in problems.MODELS.values() for kernel in model.kernels
+    }
 
 
 def test_without_tiles_each_problem_gets_the_published_one():
@@ -212,17 +271,43 @@ def test_the_parameters_are_those_of_the_command_line_and_the_notebooks():
         "warps",
         "stages",
         "async_copy",
+        "x_format",
+        "y_format",
+        "scale_layout",
     )
 
 
-def test_each_launch_of_the_failing_tests_is_asked_under_every_policy():
+def asked_of_tests():
+    """The stage counts and async copy that each launch of aiter's tests is asked with."""
+    by_launch = {}
+    for c in plan.aiter_tests():
+        by_launch.setdefault((c.kernel, c.problem), set()).add((c.num_stages, c.async_copy))
+    return by_launch
+
+
+def test_each_launch_of_the_tests_is_asked_with_its_own_tile_and_each_setting_once():
     found = plan.aiter_tests()
-    # 7 shapes of a8w4 and 2 of a8w8, 8 launches each, under 3 distinct settings.
-    assert len(found) == len(set(found)) == 9 * 8 * 3
-    by_problem = {}
-    for c in found:
-        by_problem.setdefault(c.problem, set()).add((c.num_stages, c.async_copy))
-    assert set(map(frozenset, by_problem.values())) == {
-        frozenset({(2, False), (2, True), (1, True)})
-    }
+    # 3 settings for 120 launches of three MoE GEMMs, 4 of ff_a16w16_fused and 2 of
+    # fused_gemm_afp4wfp4_a16w16; 2 for 32 of blockscale and the others' 40 and 4.
+    assert len(found) == len(set(found)) == 3 * (120 + 4 + 2) + 2 * (32 + 40 + 4)
     assert {c.target for c in found} == {"gfx950"}
+    assert list(asked_of_tests()) == [
+        (test.kernel, problem) for test in problems.AITER_TESTS for problem in test.problems
+    ]
+    assert all((c.tile, c.num_warps) == problems.ruled_tile(c.kernel, c.problem) for c in found)
+
+
+def test_the_settings_are_two_stages_and_one_where_a_policy_made_it_so():
+    two = {(2, False), (2, True)}
+    for (kernel, problem), settings in asked_of_tests().items():
+        m = problem.m
+        if kernel == "ff_a16w16_fused" and m > 8:
+            # One stage from the start.
+            assert settings == {(1, False), (1, True)}
+            continue
+        became_one = {
+            "moe_gemm_a8w8_blockscale": False,
+            "ff_a16w16_fused": m <= 4,
+            "fused_gemm_afp4wfp4_a16w16": m == 64 or m > 256,
+        }.get(kernel, True)
+        assert settings == (two | {(1, True)} if became_one else two)

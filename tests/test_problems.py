@@ -9,6 +9,7 @@ from moelab import kernels, problems
 from moelab.specs import Problem, Tile
 
 LARGE_N = 1 << 16
+MOE_KERNELS = [name for name in kernels.KERNELS if name not in problems.DENSE]
 
 
 def asked(block_m, n, k=4096):
@@ -63,16 +64,18 @@ def test_tensor_parallelism_shards_the_second_dimension_alone(tp, n1, k1, n2, k2
     assert first.tp == second.tp == tp
 
 
-def test_layer_1_gathers_into_swiglu_and_layer_2_weights_rows_in_expert_order():
+def test_layer_1_gathers_into_swiglu_and_layer_2_weights_rows_and_scatters_them_back():
     first = problems.problem("Llama4 Maverick", 1, 1, 512)
     second = problems.problem("Llama4 Maverick", 2, 1, 512)
-    assert (first.gather, first.swiglu, first.weighted) == (True, True, False)
-    assert (second.gather, second.swiglu, second.weighted) == (False, False, True)
+    assert (first.gather, first.swiglu) == (True, True)
+    assert (first.weighted, first.scatter) == (False, False)
+    assert (second.gather, second.swiglu) == (False, False)
+    assert (second.weighted, second.scatter) == (True, True)
     # What layer 1 leaves is what layer 2 reduces over.
     assert first.n_out == second.k == 8192
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", MOE_KERNELS)
 @pytest.mark.parametrize("tp", problems.TENSOR_PARALLEL)
 def test_flops_of_both_layers_are_three_products_of_the_published_sizes(kernel, tp):
     cost = kernels.load(kernel).cost
@@ -81,9 +84,53 @@ def test_flops_of_both_layers_are_three_products_of_the_published_sizes(kernel, 
         assert flops == 3 * m * model.top_k * model.dim1 * model.dim2 // tp, model.name
 
 
+@pytest.mark.parametrize(
+    ("model", "kernel", "sizes"),
+    [
+        # (n, k, n_bf16): gate and up of one expert, the hidden size, a column per expert.
+        ("DeepSeek-R1", "fused_gemm_afp4wfp4_a16w16", (4096, 7168, 256)),
+        ("Llama4 Maverick", "ff_a16w16_fused", (16384, 5120, 0)),
+    ],
+)
+def test_a_shared_expert_is_as_wide_as_one_expert_and_tp_shards_it_alone(model, kernel, sizes):
+    assert kernel in problems.MODELS[model].kernels
+    for tp in problems.TENSOR_PARALLEL:
+        problem = problems.shared_expert(kernel, model, tp, m=512)
+        n, k, n_bf16 = sizes
+        # The router, whose weight is the bf16 one, is whole on every shard.
+        assert (problem.n, problem.k, problem.n_bf16) == (n // tp, k, n_bf16)
+        assert (problem.model, problem.layer, problem.tp) == (model, 1, tp)
+
+
+@pytest.mark.parametrize("kernel", problems.DENSE)
+def test_every_token_visits_the_shared_expert_once_and_nothing_routes_it(kernel):
+    problem = problems.shared_expert(kernel, "DeepSeek-R1", tp=1, m=512)
+    assert (problem.experts, problem.top_k, problem.rows) == (1, 1, 512)
+    assert not (problem.gather or problem.weighted or problem.scatter or problem.bias)
+
+
+@pytest.mark.parametrize(("gated", "n_out"), [(True, 150), (False, 300)])
+def test_a_gate_halves_what_a_feed_forward_layer_reduces_over(gated, n_out):
+    problem = problems.feed_forward("hand-made", m=7, n=300, k=500, gated=gated)
+    assert (problem.m, problem.n, problem.k, problem.n_out) == (7, 300, 500, n_out)
+    # Two products: into the hidden layer, and back out of it.
+    assert kernels.load("ff_a16w16_fused").cost(problem).flops == (
+        2 * 7 * 500 * 300 + 2 * 7 * 500 * n_out
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fused_gemm_has_columns_of_two_kinds_and_its_bias_is_no_flop(bias):
+    problem = problems.fused_gemm("hand-made", m=7, n=300, n_bf16=20, k=500, bias=bias)
+    assert (problem.n, problem.n_bf16, problem.k, problem.bias) == (300, 20, 500, bias)
+    assert not problem.swiglu
+    cost = kernels.load("fused_gemm_afp4wfp4_a16w16").cost
+    assert cost(problem).flops == 2 * 7 * 500 * (300 + 20)
+
+
 def test_each_kernel_here_serves_some_model():
     served = {kernel for model in problems.MODELS.values() for kernel in model.kernels}
-    assert set(kernels.KERNELS) <= served
+    assert set(kernels.KERNELS) == served
 
 
 # Rows per tile.
@@ -159,13 +206,32 @@ def test_a_small_grid_halves_block_n_until_it_has_256_programs(m, experts, top_k
     assert (tile, num_warps) == (Tile(16, block_n, 256), 4)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "m", "tile", "num_warps"),
+    [
+        ("ff_a16w16_fused", (1, 4), "4x256x256", 8),
+        ("ff_a16w16_fused", (5, 8), "8x256x256", 8),
+        ("ff_a16w16_fused", (9, 64, 65, 8192), "64x256x256", 8),
+        ("fused_gemm_afp4wfp4_a16w16", (1, 8), "8x32x256/14", 2),
+        ("fused_gemm_afp4wfp4_a16w16", (9, 16), "8x32x512/8", 2),
+        ("fused_gemm_afp4wfp4_a16w16", (17, 32), "32x32x512/7", 8),
+        ("fused_gemm_afp4wfp4_a16w16", (33, 64), "64x32x512/7", 8),
+        ("fused_gemm_afp4wfp4_a16w16", (65, 128), "16x32x256/4", 2),
+        ("fused_gemm_afp4wfp4_a16w16", (129, 256), "16x64x256/4", 4),
+        ("fused_gemm_afp4wfp4_a16w16", (257, 8192), "128x64x256", 8),
+    ],
+)
+def test_what_is_no_moe_gemm_takes_its_tile_by_tokens_alone(kernel, m, tile, num_warps):
+    for tokens, model in itertools.product(m, ("DeepSeek-R1", "Llama4 Maverick")):
+        problem = problems.shared_expert(kernel, model, 1, tokens)
+        assert problems.ruled_tile(kernel, problem) == (Tile.parse(tile), num_warps), tokens
+
+
 def test_a_kernel_without_tile_rule_raises_with_those_that_have_one():
     with pytest.raises(ValueError) as error:
         problems.ruled_tile("moe_gemm_a16w16", asked(16, 512))
     assert "'moe_gemm_a16w16'" in str(error.value)
-    assert "moe_gemm_a4w4, moe_gemm_a8w4, moe_gemm_a8w8, moe_gemm_a8w8_blockscale" in str(
-        error.value
-    )
+    assert f"there are rules for {', '.join(sorted(kernels.KERNELS))};" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +253,6 @@ def test_no_routing_needs_more_tiles_than_the_worst():
 
 # Stages.
 
-KERNELS = ("moe_gemm_a4w4", "moe_gemm_a8w4", "moe_gemm_a8w8", "moe_gemm_a8w8_blockscale")
-
 
 def stages(policy, kernel, target, block_n=512):
     """Stage counts for block_m 16, 32, 64 and 128."""
@@ -198,13 +262,13 @@ def stages(policy, kernel, target, block_n=512):
     ]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", MOE_KERNELS)
 @pytest.mark.parametrize("target", ["gfx950", "gfx942", "sm_90"])
 def test_before_the_fixes_there_were_two_stages_everywhere(kernel, target):
     assert stages(problems.BEFORE, kernel, target) == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", MOE_KERNELS)
 @pytest.mark.parametrize("target", ["gfx950", "gfx942", "sm_90"])
 def test_the_first_fix_left_one_stage_on_gfx950_but_for_blockscale(kernel, target):
     one = target == "gfx950" and kernel != "moe_gemm_a8w8_blockscale"
@@ -231,6 +295,30 @@ def test_the_later_fix_takes_two_stages_where_the_lds_allows(kernel, target, blo
     assert stages(problems.LATER_FIX, kernel, target, block_n) == expected
 
 
+@pytest.mark.parametrize(
+    ("kernel", "m", "expected"),
+    [
+        # Stages under each of the policies, in their order.
+        ("ff_a16w16_fused", 4, [2, 2, 1]),
+        ("ff_a16w16_fused", 8, [2, 2, 2]),
+        ("ff_a16w16_fused", 9, [1, 1, 1]),
+        ("fused_gemm_afp4wfp4_a16w16", 8, [2, 2, 2]),
+        ("fused_gemm_afp4wfp4_a16w16", 16, [2, 2, 2]),
+        ("fused_gemm_afp4wfp4_a16w16", 32, [2, 2, 2]),
+        ("fused_gemm_afp4wfp4_a16w16", 64, [2, 2, 1]),
+        ("fused_gemm_afp4wfp4_a16w16", 128, [2, 2, 2]),
+        ("fused_gemm_afp4wfp4_a16w16", 256, [2, 2, 2]),
+        ("fused_gemm_afp4wfp4_a16w16", 257, [2, 2, 1]),
+    ],
+)
+@pytest.mark.parametrize("target", ["gfx950", "gfx942"])
+def test_what_is_no_moe_gemm_was_fixed_by_fixes_of_its_own(target, kernel, m, expected):
+    tile, _ = problems.ruled_tile(kernel, problems.shared_expert(kernel, "DeepSeek-R1", 1, m))
+    assert [
+        problems.ruled_stages(policy, kernel, target, tile) for policy in problems.POLICIES
+    ] == expected
+
+
 def test_a_target_that_no_rule_speaks_of_raises_with_those_they_do():
     with pytest.raises(ValueError) as error:
         problems.ruled_stages(problems.LATER_FIX, "moe_gemm_a8w8", "sm_90", Tile(16, 64, 256))
@@ -248,12 +336,43 @@ def test_a_tile_beyond_the_rules_and_an_unknown_policy_raise():
 # The tests that failed.
 
 
-def test_each_shape_runs_with_and_without_gather_weights_and_swiglu():
+@pytest.mark.parametrize("test", problems.AITER_TESTS, ids=lambda test: test.name)
+def test_each_launch_of_a_test_has_its_name_and_is_listed_once(test):
+    assert test.name == f"test_{test.kernel}"
+    assert test.problems
+    assert len(set(test.problems)) == len(test.problems)
+    assert {problem.model for problem in test.problems} == {test.name}
+
+
+def test_each_moe_shape_runs_with_and_without_gather_weights_and_swiglu():
     for test in problems.AITER_TESTS:
-        found = list(test.problems())
-        assert len(found) == len(set(found)) == 8 * len(test.shapes)
-        assert {problem.model for problem in found} <= {test.name}
+        if test.kernel in problems.DENSE:
+            continue
+        by_shape = {}
+        for problem in test.problems:
+            shape = replace(problem, layer=1, gather=False, swiglu=False, weighted=False)
+            by_shape.setdefault(shape, []).append(
+                (problem.gather, problem.swiglu, problem.weighted)
+            )
+        every = sorted(itertools.product((False, True), repeat=3))
+        assert all(sorted(options) == every for options in by_shape.values()), test.name
 
 
-def test_every_kernel_here_has_its_failing_test():
-    assert set(kernels.KERNELS) <= {test.kernel for test in problems.AITER_TESTS if test.shapes}
+def test_each_feed_forward_shape_runs_with_and_without_gate():
+    (test,) = (test for test in problems.AITER_TESTS if test.kernel == "ff_a16w16_fused")
+    by_shape = {}
+    for problem in test.problems:
+        by_shape.setdefault((problem.m, problem.n_out, problem.k), []).append(problem.swiglu)
+    assert all(sorted(gates) == [False, True] for gates in by_shape.values())
+
+
+def test_every_kernel_here_has_its_test_and_no_test_lacks_its_kernel():
+    assert sorted(test.kernel for test in problems.AITER_TESTS) == sorted(kernels.KERNELS)
+
+
+def test_every_launch_of_the_tests_has_a_tile_and_stages_under_every_policy():
+    for test in problems.AITER_TESTS:
+        for problem in test.problems:
+            tile, _ = problems.ruled_tile(test.kernel, problem)
+            for policy in problems.POLICIES:
+                assert problems.ruled_stages(policy, test.kernel, "gfx950", tile) in (1, 2)

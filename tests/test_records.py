@@ -26,11 +26,17 @@ ROW = {
     "swiglu": True,
     "weighted": False,
     "bias": True,
+    "scatter": False,
+    "x_format": "mxfp8",
+    "y_format": "bf16",
+    "scale_layout": "cdna4",
+    "n_bf16": 0,
     "target": "gfx950",
     "triton": "3.9.0",
     "block_m": 16,
     "block_n": 64,
     "block_k": 64,
+    "split_k": 7,
     "num_warps": 4,
     "num_stages": 2,
     "async_copy": True,
@@ -51,8 +57,19 @@ ROW = {
     "warps_per_simd": 7.5,
     "occupancy_limit": "warps",
     "moelab": "0.1.0",
-    "schema": 1,
+    "schema": 2,
 }
+
+# What rows of schema 1 meant, which had no columns for it.
+UNSAID = {
+    "scatter": False,
+    "x_format": None,
+    "y_format": "bf16",
+    "scale_layout": "rows",
+    "n_bf16": 0,
+    "split_k": 1,
+}
+OLD_ROW = {name: value for name, value in ROW.items() if name not in UNSAID} | {"schema": 1}
 
 
 def write(store, *rows):
@@ -66,13 +83,20 @@ def test_the_example_row_has_every_column():
     assert tuple(ROW) == tuple(records.COLUMNS)
 
 
+def plain(rows):
+    """Rows as they are written: what is missing is None."""
+    return [
+        {name: None if value is pd.NA else value for name, value in row.items()}
+        for row in rows.to_dict("records")
+    ]
+
+
 # Round trips.
 
 
 def test_what_was_appended_is_read_back(tmp_path):
     write(tmp_path, ROW)
-    (row,) = records.read(tmp_path).to_dict("records")
-    assert {name: None if value is pd.NA else value for name, value in row.items()} == ROW
+    assert plain(records.read(tmp_path)) == [ROW]
 
 
 def test_missing_figures_come_back_missing_and_not_as_zero(tmp_path):
@@ -104,9 +128,11 @@ def test_columns_are_typed_whatever_is_in_them(tmp_path, rows):
 
 
 def test_columns_that_a_row_lacks_are_missing_and_others_are_left_out(tmp_path):
-    given = {"kernel": "moe_gemm_a8w8", "status": "ok", "schema": 1}
-    write(tmp_path, given | {"colour": "blue"})
-    assert records.read(tmp_path).iloc[0].dropna().to_dict() == given
+    write(tmp_path, {"kernel": "moe_gemm_a8w8", "status": "ok", "schema": 2, "colour": "blue"})
+    (row,) = plain(records.read(tmp_path))
+    assert (row["kernel"], row["status"]) == ("moe_gemm_a8w8", "ok")
+    assert row["model"] is row["lds_bytes"] is row["async_copy"] is None
+    assert "colour" not in row
 
 
 def test_a_line_that_is_json_but_no_row_is_left_out(tmp_path):
@@ -137,6 +163,35 @@ def test_nothing_that_is_answered_tells_rows_apart():
     answers = {name: "another" for name in records.COLUMNS if name not in records.KEY}
     assert "lds_bytes" in answers
     assert records.key(ROW) == records.key(ROW | answers)
+
+
+# Rows from before the formats.
+
+
+def test_a_row_of_schema_1_reads_as_what_it_meant(tmp_path):
+    write(tmp_path, OLD_ROW)
+    assert plain(records.read(tmp_path)) == [ROW | UNSAID | {"schema": 1}]
+
+
+def test_a_row_of_schema_1_answers_the_same_question_now(tmp_path):
+    write(tmp_path, OLD_ROW)
+    (row,) = records.journalled(tmp_path)
+    assert records.key(row) == records.key(ROW | UNSAID)
+    write(tmp_path, ROW | UNSAID, ROW)
+    assert [row["schema"] for row in plain(records.read(tmp_path))] == [2, 2]
+
+
+def test_an_export_of_schema_1_reads_as_what_it_meant(tmp_path):
+    path = tmp_path / "rows.parquet"
+    records.export(records.frame([OLD_ROW]).drop(columns=list(UNSAID)), path)
+    assert plain(records.read(path)) == [ROW | UNSAID | {"schema": 1}]
+
+
+def test_rows_of_both_schemas_are_exported_together(tmp_path):
+    write(tmp_path / "store", OLD_ROW, ROW)
+    rows = records.read(tmp_path / "store")
+    assert_frame_equal(records.read(records.export(rows, tmp_path / "rows.parquet")), rows)
+    assert list(rows["split_k"]) == [1, 7]
 
 
 # Writers.

@@ -19,7 +19,7 @@ PROBLEM = Problem(
 )
 
 
-@pytest.mark.parametrize("text", ["1x1x1", "16x64x64", "128x512x256"])
+@pytest.mark.parametrize("text", ["1x1x1", "16x64x64", "128x512x256", "64x32x512/7"])
 def test_a_tile_reads_back_what_it_prints(text):
     assert str(Tile.parse(text)) == text
 
@@ -28,19 +28,29 @@ def test_spaces_around_a_tile_are_ignored():
     assert Tile.parse(" 128x512x256\n") == Tile(128, 512, 256)
 
 
+def test_programs_share_a_reduction_only_where_the_tile_says_so():
+    assert Tile.parse("64x32x512/7") == Tile(64, 32, 512, split_k=7)
+    assert Tile.parse("64x32x512/1") == Tile.parse("64x32x512") == Tile(64, 32, 512)
+    assert str(Tile(64, 32, 512, split_k=1)) == "64x32x512"
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "128", "128x256", "128x256x128x1", "axbxc", "128X256X128", "128,256,128", "-16x16x16"],
+    [
+        *("", "128", "128x256", "128x256x128x1", "axbxc", "128X256X128", "128,256,128"),
+        *("-16x16x16", "16x16x16/", "16x16x16/0", "16x16x16/-7", "16x16x16/x", "16x16x16/7/7"),
+    ],
 )
 def test_what_is_no_tile_is_answered_with_an_example(text):
     with pytest.raises(ValueError) as error:
         Tile.parse(text)
     assert repr(text) in str(error.value)
-    assert "for example 128x256x128" in str(error.value)
+    assert "for example 128x256x128, or 64x32x512/7" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong"), [("0x16x16", "0"), ("16x100x64", "100"), ("6x4x3", "6")]
+    ("text", "wrong"),
+    [("0x16x16", "0"), ("16x100x64", "100"), ("6x4x3", "6"), ("64x32x500/7", "500")],
 )
 def test_a_block_that_is_no_power_of_two_is_named(text, wrong):
     with pytest.raises(ValueError, match=rf"{text}'\: {wrong} is not a power of two"):
@@ -61,6 +71,11 @@ def test_swiglu_halves_the_columns_and_nothing_else_does():
 )
 def test_a_tensor_spans_its_elements_times_their_size(dtype, size):
     assert TensorSpec((3, 5, 7), dtype).ptr_range() == 105 * size
+
+
+def test_a_problem_is_in_the_plainest_formats_unless_it_says_otherwise():
+    assert (PROBLEM.x_format, PROBLEM.y_format, PROBLEM.scale_layout) == (None, "bf16", "rows")
+    assert (PROBLEM.scatter, PROBLEM.n_bf16) == (False, 0)
 
 
 def test_an_empty_tensor_spans_nothing():

@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -122,6 +124,35 @@ def test_a_kernel_that_cannot_compile_is_a_row_with_the_compilers_words(swept):
     assert others["lds_bytes"].gt(0).all()
 
 
+def test_what_a_kernel_refuses_is_a_row_with_its_words_beside_those_that_compile(tmp_path):
+    block_scale = {"kernels": "moe_gemm_a8w8_blockscale", "stages": 1}
+    configurations = [
+        *grid(**block_scale | {"tiles": "16x64x64,16x64x256,16x128x256"}),
+        *grid(x_format="mxfp8", stages=1),
+    ]
+    rows = sweep.run(configurations, tmp_path, jobs=1, progress=False)
+    assert list(rows["status"]) == ["ok", *["compile_error"] * 3]
+    assert rows["lds_bytes"].iloc[0] > 0
+    assert rows["lds_bytes"].iloc[1:].isna().all()
+    words = [
+        "moe_gemm_a8w8_blockscale: tile 16x64x256 has block_k = 256; expected 128 or less",
+        "moe_gemm_a8w8_blockscale: tile 16x128x256 has block_k = 256; expected 128 or less",
+        "moe_gemm_a8w8: x_format is 'mxfp8'; expected none",
+    ]
+    for reason, expected in zip(rows["reason"].iloc[1:], words, strict=True):
+        assert reason.startswith(expected)
+
+
+def test_what_was_refused_is_not_asked_again(tmp_path, no_workers):
+    (refused,) = grid(x_format="mxfp8", stages=1)
+    row = sweep._question(refused, "lds") | sweep._stamped(
+        "compile_error", "no", targets.get("gfx950")
+    )
+    with records.Journal(tmp_path) as journal:
+        journal.append(row)
+    assert list(sweep.run([refused], tmp_path, progress=False)["reason"]) == ["no"]
+
+
 def test_what_exceeds_the_lds_says_both_figures(swept):
     _, rows, _ = swept
     exceeding = rows[rows["lds_bytes"] > rows["lds_limit"]]
@@ -210,6 +241,20 @@ def test_a_full_sweep_tells_registers_code_and_occupancy(swept):
 
 
 # What is compiled, and what is not.
+
+
+def test_a_script_without_a_main_guard_sweeps_once(tmp_path):
+    """Python's spawned processes import the script that started them."""
+    script = tmp_path / "sweeps.py"
+    script.write_text(
+        "from moelab import plan, sweep\n"
+        "print('started')\n"
+        "grid = plan.grid(kernels='moe_gemm_a8w8', targets='gfx950', tiles='16x64x64', warps=4)\n"
+        f"rows = sweep.run(grid, {str(tmp_path / 'rows')!r}, progress=False)\n"
+        "print(*rows['status'], __file__)\n"
+    )
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert process.stdout.splitlines() == ["started", f"ok ok {script}"], process.stderr
 
 
 def test_no_configuration_is_an_empty_frame(tmp_path, no_workers):

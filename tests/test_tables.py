@@ -7,6 +7,7 @@ import pytest
 
 from moelab import problems, records, tables
 from moelab.problems import AITER_TESTS
+from moelab.specs import Tile
 
 LIMIT = 1000
 PROBLEM = asdict(problems.problem("Llama4 Maverick", 1, 1, 512))
@@ -23,6 +24,7 @@ def row(lds_bytes=100, **changed):
         "block_m": 16,
         "block_n": 64,
         "block_k": 64,
+        "split_k": 1,
         "num_warps": 4,
         "num_stages": 1,
         "async_copy": True,
@@ -31,7 +33,7 @@ def row(lds_bytes=100, **changed):
         "status": "ok" if fits else "out_of_lds",
         "lds_bytes": lds_bytes,
         "lds_limit": LIMIT,
-        "schema": 1,
+        "schema": 2,
         **changed,
     }
 
@@ -83,6 +85,19 @@ def test_tiles_and_async_copy_are_put_in_words():
     )
     assert list(labelled[tables.ASYNC_COPY]) == ["on", "off", "no switch"]
     assert list(labelled["tile"]) == ["16x64x64", "16x64x64", "16x512x64"]
+
+
+def test_a_shared_reduction_is_part_of_the_tiles_name():
+    labelled = tables.labelled(frame(row(), row(split_k=7), row(split_k=14)))
+    assert list(labelled["tile"]) == ["16x64x64", "16x64x64/7", "16x64x64/14"]
+    assert [str(Tile.parse(tile)) for tile in labelled["tile"]] == list(labelled["tile"])
+
+
+def test_tiles_that_share_a_reduction_differently_have_rows_of_their_own():
+    rows = frame(*[row(100 * split_k, split_k=split_k) for split_k in (1, 7, 14)])
+    table = tables.lds_by_stages(rows)
+    assert list(table["tile"]) == ["16x64x64", "16x64x64/7", "16x64x64/14"]
+    assert list(table["1 stage (bytes)"]) == [100, 700, 1400]
 
 
 def test_tiles_are_in_order_of_their_numbers_and_not_their_letters():
@@ -256,16 +271,16 @@ BEFORE_OFF, BEFORE_ON, FIRST_FIX, LATER_FIX = (
 A8W8 = next(test for test in AITER_TESTS if test.name == "test_moe_gemm_a8w8")
 
 
-def launches(test=A8W8, **statuses):
+def launches(test=A8W8, tile="128x256x256", **statuses):
     """Rows of a test's launches under 2 stages off, 2 on and 1 on."""
-    problem = next(test.problems())
-    tile = {"block_m": 128, "block_n": 256, "block_k": 256, "num_warps": 8}
+    problem = test.problems[0]
     settings = {"two_off": (2, False), "two_on": (2, True), "one_on": (1, True)}
     return [
         row(
             kernel=test.kernel,
             **asdict(replace(problem, m=m)),
-            **tile,
+            **asdict(Tile.parse(tile)),
+            num_warps=8,
             num_stages=settings[name][0],
             async_copy=settings[name][1],
             status=status,
@@ -309,6 +324,15 @@ def test_a_launch_that_failed_otherwise_is_not_called_out_of_lds():
     found = verdicts(*launches(two_on=["crashed", "ok"], one_on=["compile_error", "out_of_lds"]))
     assert found[BEFORE_ON] == "FAILS (1 of 2 crashed)"
     assert found[FIRST_FIX] == "FAILS (2 of 2 compile_error, out of LDS)"
+
+
+def test_a_test_is_judged_by_the_stages_of_its_own_tile():
+    test = next(test for test in AITER_TESTS if test.kernel == "fused_gemm_afp4wfp4_a16w16")
+    rows = launches(test, "64x32x512/7", two_on=["out_of_lds"], one_on=["ok"])
+    found = verdicts(*rows, test=test)
+    assert found[BEFORE_ON] == found[FIRST_FIX] == "FAILS (1 of 1 out of LDS)"
+    assert found[LATER_FIX] == "passes (1)"
+    assert found["made to pass by"] == "#2784"
 
 
 def test_every_test_that_is_named_has_a_row_in_their_order():
