@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from . import tables
@@ -81,14 +82,16 @@ def lds_against_limit(rows: pd.DataFrame) -> Figure:
         sharex=True,
         squeeze=False,
     )
+    # Panels share the axis: all must reach as far as the furthest.
+    edge = worst[["lds_bytes", "lds_limit"]].to_numpy().max() / KIB * 1.06
     for axis, ((kernel, target), panel) in zip(axes[:, 0], panels, strict=True):
-        _draw_stages(axis, panel)
+        _draw_stages(axis, panel, edge)
         axis.set_title(f"{kernel} on {target}")
     axes[-1, 0].set_xlabel("LDS of one workgroup (KiB); the number is the stage count")
     return figure
 
 
-def _draw_stages(axis: Axes, panel: pd.DataFrame) -> None:
+def _draw_stages(axis: Axes, panel: pd.DataFrame, edge: float) -> None:
     limit = panel["lds_limit"].iloc[0]
     tilings = sorted(
         {(row.tile, row.num_warps) for row in panel.itertuples()}, key=_tile_numbers, reverse=True
@@ -126,21 +129,16 @@ def _draw_stages(axis: Axes, panel: pd.DataFrame) -> None:
     for switch in switches:
         label = "no async-copy switch" if switch == "no switch" else f"async copy {switch}"
         axis.plot([], [], "o-", color=_SWITCH[switch], label=label)
-    _draw_limit(axis, limit, right=panel["lds_bytes"].max())
+    axis.axvspan(limit / KIB, edge, color=RED, alpha=0.08, lw=0)
+    axis.axvline(limit / KIB, color=RED, lw=1.5, label=f"limit {limit / KIB:g} KiB")
+    axis.set_xlim(0, edge)
     axis.set_yticks(range(len(tilings)), [f"{tile}\n{warps} warps" for tile, warps in tilings])
     axis.set_ylim(-0.7, len(tilings) - 0.3)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _tile_numbers(tiling: tuple[str, int]) -> tuple[int, ...]:
-    return (*map(int, tiling[0].split("x")), tiling[1])
-
-
-def _draw_limit(axis: Axes, limit: int, right: int) -> None:
-    edge = max(limit, right) / KIB * 1.06
-    axis.axvspan(limit / KIB, edge, color=RED, alpha=0.08, lw=0)
-    axis.axvline(limit / KIB, color=RED, lw=1.5, label=f"limit {limit / KIB:g} KiB")
-    axis.set_xlim(0, edge)
+    return (*map(int, re.findall(r"\d+", tiling[0])), tiling[1])
 
 
 def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:

@@ -212,11 +212,15 @@ def _async_copy_cost(rows: pd.DataFrame) -> Iterator[str]:
         worst = lost.loc[lost["on (bytes)"].idxmax()]
         yield (
             f"**{kernel} on {target}, {stages} stages** (Triton {triton}): async copy "
-            f"multiplies LDS by {factor:.2f} (median over {len(tiles)} tiles). No longer "
+            f"multiplies LDS by {factor:.2f}{_median_over(len(tiles))}. No longer "
             f"fitting: {', '.join(lost['tile'])}. The largest "
             f"goes from {worst['off (bytes)']:,} to {worst['on (bytes)']:,} of "
             f"{worst['limit (bytes)']:,} bytes."
         )
+
+
+def _median_over(tiles: int) -> str:
+    return f" (median over {tiles} tiles)" if tiles > 1 else ""
 
 
 def _deepest_fits(rows: pd.DataFrame) -> Iterator[str]:

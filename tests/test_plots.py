@@ -117,6 +117,21 @@ def test_the_number_in_a_marker_is_its_stage_count_and_a_hollow_one_does_not_fit
     assert axis.get_xlim()[1] > limit_kib * 4 / 3
 
 
+def test_panels_reach_as_far_as_the_furthest_marker_of_any():
+    near = rows(kernel="moe_gemm_a8w8", stages=(1,), lds_bytes=1024)
+    far = rows(kernel="moe_gemm_a4w4", stages=(1,), lds_bytes=1024 * 900)
+    for frame in (near + far, far + near):
+        figure = plots.lds_against_limit(records.frame(frame))
+        assert {axis.get_xlim() for axis in figure.axes} == {(0, 900 * 1.06)}
+
+
+def test_tiles_that_share_their_reduction_are_labelled_so():
+    frame = records.frame(rows(block_k=512, split_k=7) + rows(block_k=512))
+    (axis,) = plots.lds_against_limit(frame).axes
+    labels = [label.get_text().split("\n")[0] for label in axis.get_yticklabels()]
+    assert sorted(labels) == ["16x64x512", "16x64x512/7"]
+
+
 def test_a_marker_shows_the_most_that_any_problem_needs():
     one = {"stages": (1,), "switches": (True,)}
     frame = records.frame(rows(**one, lds_bytes=1024) + rows(**one, lds_bytes=4096, m=1536))
