@@ -230,7 +230,9 @@ def _script_left_out() -> Iterator[None]:
     One without an ``if __name__ == "__main__"`` would sweep again in each of them.
     """
     script = vars(sys.modules["__main__"])
-    kept = {name: script.get(name) for name in ("__file__", "__spec__")}
+    kept: dict[str, Any] = {
+        name: script[name] for name in ("__file__", "__spec__") if name in script
+    }
     script.update(dict.fromkeys(kept))
     try:
         yield

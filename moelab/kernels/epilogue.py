@@ -51,8 +51,9 @@ def finish(
         acc += tl.load(bias_ptr + expert * n + offs_n, mask=offs_n < n, other=0.0)[None, :]
     if SWIGLU:
         gate, up = tl.split(tl.reshape(acc, (acc.shape[0], BLOCK_N // 2, 2)))
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        # The plain minimum drops NaN: a model that diverged would look sound.
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
         out = gate * tl.sigmoid(alpha * gate) * (up + shift)
         n_out = n // 2
         offs_n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -77,7 +78,9 @@ def finish(
         else:
             out /= tl.load(y_scale_ptr)
         LARGEST: tl.constexpr = 448.0 if y_ptr.dtype.element_ty == tl.float8e4nv else 240.0
-        out = tl.clamp(out, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        # As `formats.quantize_fp8`: finite values saturate, an infinity becomes NaN.
+        finite = tl.abs(out) < float("inf")
+        out = tl.where(finite, tl.clamp(out, -LARGEST, LARGEST), float("nan"))
     tl.store(
         y_ptr + y_rows[:, None] * n_out + offs_n[None, :],
         out.to(y_ptr.dtype.element_ty),

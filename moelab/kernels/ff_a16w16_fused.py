@@ -22,9 +22,12 @@ from .launch import (
     STREAMED_BLOCK_M,
     WIDE_ELEMENTS,
     TileRule,
+    check_even,
     check_formats,
+    check_schedule,
     check_tile,
     expect,
+    expect_tile,
     one_of,
 )
 
@@ -176,6 +179,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         ValueError: the kernel can't take the tile or a format.
     """
     check_formats(problem, y_formats=Y_FORMATS)
+    check_even("w_up", problem.n, problem.swiglu)
     check_tile(tile, _rules(tile, problem.swiglu))
     args = _arguments(
         y=TensorSpec((problem.m, problem.k), "fp32"),
@@ -223,17 +227,15 @@ def ff_a16w16_fused(
     """
     import torch
 
+    expect_tile(tile)
     check_tile(tile, _rules(tile, gated))
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation is {activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}"
-        )
+    one_of("activation", activation, ACTIVATIONS)
     one_of("y_format", y_format, Y_FORMATS)
     bf16 = (torch.bfloat16,)
     expect("w_up", w_up, (None, None), bf16, of=w_up)
     n, k = w_up.shape
-    if gated and n % 2:
-        raise ValueError(f"w_up has n = {n}; a gate pairs its rows and needs n even")
+    check_even("w_up", n, gated)
+    check_schedule(num_warps, num_stages)
     expect("w_down", w_down, (k, n // 2 if gated else n), bf16, of=w_up)
     expect("x", x, (None, k), bf16, of=w_up)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -242,16 +244,17 @@ def ff_a16w16_fused(
         args = _arguments(y, x, w_up, w_down, tile, gated, activation)
         options = AMD_OPTIONS if torch.version.hip else {}
         kernel = _ff_a16w16_fused_kernel[grid]
-        kernel(**args, **options, num_warps=num_warps, num_stages=num_stages)
+        with torch.cuda.device_of(x):
+            kernel(**args, **options, num_warps=num_warps, num_stages=num_stages)
     return y if y_format == "fp32" else y.bfloat16()
 
 
 def cost(problem: Problem) -> Cost:
-    """Useful FLOPs and the bytes that any implementation must move."""
+    """Count useful FLOPs and the bytes that any implementation must move."""
     m, n, k, n_h = problem.m, problem.n, problem.k, problem.n_out
     return Cost(
         flops=2 * m * n * k + 2 * m * n_h * k,
-        bytes=2 * (m * k + n * k + k * n_h + m * k),
+        bytes=2 * (m * k + n * k + k * n_h) + {"bf16": 2, "fp32": 4}[problem.y_format] * m * k,
     )
 
 

@@ -28,8 +28,10 @@ from .launch import (
     WIDE_ELEMENTS,
     TileRule,
     check_formats,
+    check_schedule,
     check_tile,
     expect,
+    expect_tile,
     one_of,
 )
 from .routing import grouped_block, near_programs
@@ -266,11 +268,11 @@ def _sum_splits_kernel(
     n_bf16,
     elements_fp4,  # m * n
     elements_bf16,  # m * n_bf16
+    programs_fp4,  # ceil(elements_fp4 / BLOCK), which 32 bits can't always compute
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    programs_fp4 = tl.cdiv(elements_fp4, BLOCK)
     if pid < programs_fp4:
         _sum_splits(y_fp4_ptr, partial_fp4_ptr, bias_fp4_ptr, pid, n, elements_fp4, SPLIT_K, BLOCK)
     else:
@@ -414,7 +416,9 @@ def fused_gemm_afp4wfp4_a16w16(
     """
     import torch
 
+    expect_tile(tile)
     check_tile(tile, _rules(tile))
+    check_schedule(num_warps, num_stages, num_xcds)
     one_of("y_format", y_format, Y_FORMATS)
     u8, bf16, fp32 = (torch.uint8,), (torch.bfloat16,), (torch.float32,)
     expect("x_bf16", x_bf16, (None, None), bf16, of=w_fp4)
@@ -458,32 +462,35 @@ def fused_gemm_afp4wfp4_a16w16(
         num_xcds,
     )
     options = AMD_OPTIONS if torch.version.hip else {}
-    _fused_gemm_afp4wfp4_a16w16_kernel[(programs,)](
-        **args, **options, num_warps=num_warps, num_stages=num_stages
-    )
-    if tile.split_k > 1:
-        sums = sum(triton.cdiv(each.numel(), SUM_BLOCK) for each in y)
-        _sum_splits_kernel[(sums,)](
-            *y,
-            *parts,
-            bias_fp4,
-            bias_bf16,
-            n,
-            n_bf16,
-            m * n,
-            m * n_bf16,
-            SPLIT_K=tile.split_k,
-            BLOCK=SUM_BLOCK,
+    with torch.cuda.device_of(w_fp4):
+        _fused_gemm_afp4wfp4_a16w16_kernel[(programs,)](
+            **args, **options, num_warps=num_warps, num_stages=num_stages
         )
+        if tile.split_k > 1:
+            sums = [triton.cdiv(each.numel(), SUM_BLOCK) for each in y]
+            _sum_splits_kernel[(sum(sums),)](
+                *y,
+                *parts,
+                bias_fp4,
+                bias_bf16,
+                n,
+                n_bf16,
+                m * n,
+                m * n_bf16,
+                sums[0],
+                SPLIT_K=tile.split_k,
+                BLOCK=SUM_BLOCK,
+            )
     return y
 
 
 def cost(problem: Problem) -> Cost:
     """Count useful FLOPs and the bytes that any implementation must move."""
     m, n, n_bf16, k = problem.m, problem.n, problem.n_bf16, problem.k
+    y_bytes = {"bf16": 2, "fp32": 4}[problem.y_format] * m * (n + n_bf16)
     return Cost(
         flops=2 * m * (n + n_bf16) * k,
-        bytes=(m + n) * (mx_pairs(k) + mx_groups(k)) + 2 * (m + n_bf16) * k + 2 * m * (n + n_bf16),
+        bytes=(m + n) * (mx_pairs(k) + mx_groups(k)) + 2 * (m + n_bf16) * k + y_bytes,
     )
 
 

@@ -18,7 +18,9 @@ from .launch import (
     STREAMED_BLOCK_M,
     WIDE_ELEMENTS,
     TileRule,
+    check_even,
     check_formats,
+    check_schedule,
     check_tile,
     expect,
     one_of,
@@ -156,6 +158,7 @@ def describe(
         ValueError: the kernel can't take the tile or a format.
     """
     check_formats(problem, x_formats, Y_FORMATS, scale_layouts)
+    check_even("w", problem.n, problem.swiglu)
     check_tile(tile, [*_tile_rules(tile, problem.swiglu, problem.y_format), *rules])
     shape = (problem.rows, problem.n_out)
     fp8 = x.dtype if x.dtype.startswith("fp8") else "fp8e4nv"
@@ -222,29 +225,38 @@ def launch(
     import torch
 
     experts, n = w.shape[:2]
-    rows = routing.scatter_index.numel()
-    expect("x", x, (rows // routing.top_k if gather else rows, x.shape[1]), (x.dtype,), of=w)
-    if bias is not None:
-        expect("bias", bias, (experts, n), (torch.float32,), of=w)
-    tiles = routing.tile_expert.numel()
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing is a {type(routing).__name__}; expected a Routing: see router")
+    rows, tiles = routing.gather_index.numel(), routing.tile_expert.numel()
     indices = {
         "gather_index": rows,
         "scatter_index": rows,
         "expert_end": experts,
         "tile_count": 1,
+        "tile_expert": tiles,
         "tile_row": tiles,
     }
     for name, size in indices.items():
         expect(f"routing.{name}", getattr(routing, name), (size,), (torch.int32,), of=w)
     expect("routing.weight", routing.weight, (rows,), (torch.float32,), of=w)
+    if routing.top_k < 1 or rows % routing.top_k:
+        raise ValueError(
+            f"routing.top_k is {routing.top_k}; expected 1 or more, and {rows} rows to be whole "
+            "tokens"
+        )
+    expect("x", x, (rows // routing.top_k if gather else rows, x.shape[1]), (x.dtype,), of=w)
+    if bias is not None:
+        expect("bias", bias, (experts, n), (torch.float32,), of=w)
     check_tile(tile, [*_tile_rules(tile, swiglu is not None, y_format), *rules])
     if routing.block_m != tile.block_m:
         raise ValueError(
             f"tile {tile} has block_m = {tile.block_m}, but the routing was laid out for "
             f"block_m = {routing.block_m}; pass both the same"
         )
-    if swiglu is not None and n % 2:
-        raise ValueError(f"w has n = {n}; SwiGLU pairs columns and needs n even")
+    if not isinstance(swiglu, SwiGLU | None):
+        raise ValueError(f"swiglu is {swiglu!r}; expected a SwiGLU, or None for none")
+    check_even("w", n, swiglu is not None)
+    check_schedule(num_warps, num_stages, num_xcds)
     one_of("y_format", y_format, Y_FORMATS)
     if (y_format == "fp8") != (y_scale is not None):
         raise ValueError(
@@ -284,7 +296,8 @@ def launch(
         )
         options = amd_options if torch.version.hip else {}
         grid = (tiles * triton.cdiv(n, tile.block_n),)
-        kernel[grid](**args, **options, num_warps=num_warps, num_stages=num_stages)
+        with torch.cuda.device_of(w):
+            kernel[grid](**args, **options, num_warps=num_warps, num_stages=num_stages)
     return (y, y_scale) if y_format == "mxfp8" else y
 
 

@@ -36,6 +36,10 @@ def expect(
         ValueError: it differs; the message names the argument, what it is and what it
             should be.
     """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
     fits = tensor.dim() == len(shape) and all(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )
@@ -57,6 +61,16 @@ def expect(
 TileRule = tuple[str, bool, str]
 
 
+def expect_tile(tile: Tile) -> None:
+    """Check that a tile is one, before any part of it is asked for.
+
+    Raises:
+        ValueError: it is something else, such as its text.
+    """
+    if not isinstance(tile, Tile):
+        raise ValueError(f"tile is {tile!r}; expected a Tile, for example Tile(128, 128, 128)")
+
+
 def check_tile(tile: Tile, rules: Iterable[TileRule]) -> None:
     """Check that a kernel can take a tile: blocks are powers of two, and its own rules.
 
@@ -64,13 +78,39 @@ def check_tile(tile: Tile, rules: Iterable[TileRule]) -> None:
         ValueError: it can't; the message shows the tile, what it has and what would fit.
     """
     powers = [
-        (name, block > 0 and block & (block - 1) == 0, "a power of two")
+        (name, isinstance(block, int) and block > 0 and block & (block - 1) == 0, "a power of two")
         for name in ("block_m", "block_n", "block_k")
         for block in [getattr(tile, name)]
     ]
     for name, met, wanted in (*powers, *rules):
         if not met:
             raise ValueError(f"tile {tile} has {name} = {getattr(tile, name)}; expected {wanted}")
+
+
+def check_even(name: str, n: int, pairs: bool) -> None:
+    """Check that columns which an activation pairs can be paired.
+
+    Raises:
+        ValueError: n is odd.
+    """
+    if pairs and n % 2:
+        raise ValueError(f"{name} has n = {n}; its columns are pairs of gate and up: n even")
+
+
+def check_schedule(num_warps: int, num_stages: int, num_xcds: int = 1) -> None:
+    """Check what a launch is given besides its tile.
+
+    Raises:
+        ValueError: one is wrong; the message shows it and what would do.
+    """
+    warps = (1, 2, 4, 8, 16, 32)
+    for name, value, met, wanted in (
+        ("num_warps", num_warps, num_warps in warps, "one of " + ", ".join(map(str, warps))),
+        ("num_stages", num_stages, num_stages >= 1, "1 or more"),
+        ("num_xcds", num_xcds, num_xcds >= 1, "1 or more"),
+    ):
+        if not met:
+            raise ValueError(f"{name} is {value!r}; expected {wanted}")
 
 
 def check_formats(
@@ -99,5 +139,5 @@ def one_of(name: str, value: str | None, taken: Sequence[str | None]) -> None:
         ValueError: it is none of them; the message shows both.
     """
     if value not in taken:
-        wanted = ", ".join(each for each in taken if each) or "none: x has one format here"
-        raise ValueError(f"{name} is {value!r}; expected {wanted}")
+        wanted = "one of " + ", ".join(map(str, taken)) if len(taken) > 1 else taken[0]
+        raise ValueError(f"{name} is {value!r}; expected {wanted or 'none: there is one'}")

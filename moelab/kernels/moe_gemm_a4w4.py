@@ -16,7 +16,7 @@ from . import grouped_gemm
 from .epilogue import finish
 from .formats import dequantize_mxfp4, mx_groups, mx_pairs, without_filler
 from .grouped_gemm import Layer, Options, x_rows
-from .launch import expect
+from .launch import expect, expect_tile
 from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
 from .routing import Routing, expert_tile, tile_rows
 
@@ -192,10 +192,11 @@ def moe_gemm_a4w4(
     """
     import torch
 
+    expect_tile(tile)
     expect("x", x, (None, None), (torch.uint8,), of=w)
     rows, pairs = x.shape
     k = 2 * pairs if k is None else k
-    if mx_pairs(k) != pairs:
+    if not isinstance(k, int) or k < 0 or mx_pairs(k) != pairs:
         raise ValueError(f"k is {k}; x has {pairs} bytes a row, which hold {2 * pairs} elements")
     expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
     expect("x_scale", x_scale, (rows, mx_groups(k)), (torch.uint8,), of=w)

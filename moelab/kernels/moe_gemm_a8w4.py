@@ -27,7 +27,7 @@ from . import grouped_gemm
 from .epilogue import finish
 from .formats import dequantize_mxfp4, dequantize_mxfp8, mx_groups, mx_pairs
 from .grouped_gemm import Layer, Options, x_rows
-from .launch import expect
+from .launch import expect, expect_tile
 from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
 from .routing import Routing, expert_tile, tile_rows
 
@@ -213,13 +213,13 @@ def moe_gemm_a8w4(
     """
     import torch
 
+    expect_tile(tile)
     expect("x", x, (None, None), (torch.float8_e4m3fn,), of=w)
     rows, k = x.shape
     expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
-    if x_scale.dtype == torch.uint8:
-        expect("x_scale", x_scale, (rows, mx_groups(k)), (torch.uint8,), of=w)
-    else:
-        expect("x_scale", x_scale, (1,), (torch.float32, torch.uint8), of=w)
+    mx_x = getattr(x_scale, "dtype", None) == torch.uint8
+    x_scale_shape = (rows, mx_groups(k)) if mx_x else (1,)
+    expect("x_scale", x_scale, x_scale_shape, (torch.float32, torch.uint8), of=w)
     check_scales(w_scale, w, k, scale_layout)
     own = {
         "x_scale_ptr": x_scale,

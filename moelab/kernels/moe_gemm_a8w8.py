@@ -18,7 +18,7 @@ from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import finish
 from .grouped_gemm import Layer, Options, x_rows
-from .launch import expect
+from .launch import expect, expect_tile
 from .operands import columns
 from .routing import Routing, expert_tile, tile_rows
 
@@ -159,6 +159,7 @@ def moe_gemm_a8w8(
     """
     import torch
 
+    expect_tile(tile)
     expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
     experts, _, k = w.shape
     expect("x", x, (None, k), (w.dtype,), of=w)

@@ -17,7 +17,7 @@ from . import grouped_gemm
 from .epilogue import finish
 from .formats import FP8_BLOCK, dequantize_fp8_blocks
 from .grouped_gemm import Layer, Options, x_rows
-from .launch import AMD_OPTIONS, TileRule, expect
+from .launch import AMD_OPTIONS, TileRule, expect, expect_tile
 from .operands import columns
 from .routing import Routing, expert_tile, tile_rows
 
@@ -170,6 +170,7 @@ def moe_gemm_a8w8_blockscale(
     """
     import torch
 
+    expect_tile(tile)
     expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
     experts, n, k = w.shape
     blocks = _blocks(k)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..problems import max_tiles
-from .launch import WIDE_ELEMENTS, expect
+from .launch import WIDE_ELEMENTS, expect, one_of
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -525,8 +525,7 @@ def _check_logits(logits: Tensor, k: int, score: str) -> None:
     experts = logits.shape[1]
     if not 1 <= k <= experts:
         raise ValueError(f"k is {k}; with logits of {experts} experts expected 1 to {experts}")
-    if score not in SCORES:
-        raise ValueError(f"score is {score!r}; expected one of {', '.join(SCORES)}")
+    one_of("score", score, SCORES)
 
 
 def _check_at_least_1(**sizes: int) -> None:

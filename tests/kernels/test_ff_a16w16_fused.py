@@ -474,7 +474,7 @@ WRONG = {
     ),
     "activation": (
         lambda a: {"activation": "tanh"},
-        ("activation is 'tanh'", "'silu', 'gelu', 'relu', None"),
+        ("activation is 'tanh'", "silu, gelu, relu, None"),
     ),
     "type of y": (
         lambda a: {"y_format": "fp8"},

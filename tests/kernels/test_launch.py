@@ -108,11 +108,43 @@ WRONG = {
         lambda a: {
             "routing": replace(a["routing"], scatter_index=a["routing"].scatter_index[:4]),
         },
-        ("expected [", "has shape ["),
+        ("routing.scatter_index has shape [4]", "expected [6]"),
     ),
     "type of the routing weight": (
         lambda a: {"routing": replace(a["routing"], weight=a["routing"].weight.half())},
         ("routing.weight is torch.float16", "torch.float32"),
+    ),
+    "type of the tiles' experts": (
+        lambda a: {"routing": replace(a["routing"], tile_expert=a["routing"].tile_expert.long())},
+        ("routing.tile_expert is torch.int64", "torch.int32"),
+    ),
+    "slots of the routing": (
+        lambda a: {"routing": replace(a["routing"], top_k=4)},
+        ("routing.top_k is 4", "6 rows"),
+    ),
+    "something else than a routing": (
+        lambda a: {"routing": None},
+        ("routing is a NoneType", "expected a Routing"),
+    ),
+    "something else than an activation": (
+        lambda a: {"swiglu": True},
+        ("swiglu is True", "expected a SwiGLU"),
+    ),
+    "something else than a tile": (
+        lambda a: {"tile": "16x32x64"},
+        ("tile is '16x32x64'", "expected a Tile"),
+    ),
+    "something else than a tensor": (
+        lambda a: {"x_scale": 1.0},
+        ("x_scale is a float", "expected a torch.Tensor"),
+    ),
+    "warps": (
+        lambda a: {"num_warps": 3},
+        ("num_warps is 3", "1, 2, 4, 8, 16, 32"),
+    ),
+    "stages": (
+        lambda a: {"num_stages": 0},
+        ("num_stages is 0", "1 or more"),
     ),
     "device of x": (
         lambda a: {"x": a["x"].to("meta")},
@@ -213,7 +245,7 @@ def test_a_wrong_argument_is_shown_before_any_launch(kernel, change, shown, gene
 @every_kernel
 def test_swiglu_of_an_odd_n_is_refused(kernel, generator, recorder):
     wrong = arguments(kernel, generator, n=41)
-    with pytest.raises(ValueError, match=r"n = 41; SwiGLU .* n even"):
+    with pytest.raises(ValueError, match=r"w has n = 41; .* n even"):
         getattr(load(kernel), kernel)(**wrong)
     assert recorder.arguments is None
     getattr(load(kernel), kernel)(**wrong | {"swiglu": None})

@@ -23,6 +23,7 @@ from grouped_gemm import (
 )
 
 from moelab.kernels import load
+from moelab.kernels.formats import dequantize_mxfp8
 from moelab.kernels.router import route
 from moelab.problems import LAYERS, MODELS, Problem, problem
 from moelab.specs import Y_FORMATS, Tile
@@ -238,6 +239,37 @@ def test_y_is_bf16_unless_asked(kernel, device_generator):
     y = case.run(SMALL, num_warps=4)
     assert y.dtype == torch.bfloat16
     case.check(y)
+
+
+@every_kernel
+@pytest.mark.parametrize("swiglu", [None, PLAIN, GPT_OSS], ids=["linear", "plain", "GPT-OSS"])
+@pytest.mark.parametrize("y_format", Y_FORMATS)
+def test_a_nan_is_never_stored_as_a_number(kernel, swiglu, y_format, device_generator):
+    """Limits of the activation and of fp8 must not hide that a model diverged."""
+    tile = Tile(16, 64, 64)
+    expert = spread(device_generator, m=5, experts=2, top_k=1)
+    case = make(kernel, device_generator, expert, tile, experts=2, n=64, k=64, swiglu=swiglu)
+    spoiled = {"bias": torch.zeros(2, 64, device=expert.device)}
+    spoiled["bias"][1, :2] = float("nan")
+    of_y = {"y_scale": torch.ones(1, device=expert.device)} if y_format == "fp8" else {}
+    y = replace(case, **spoiled).run(tile, num_warps=4, y_format=y_format, **of_y)
+    if y_format == "mxfp8":
+        y = dequantize_mxfp8(*y)
+    of_second = torch.arange(5, device=expert.device) >= case.routing.expert_end[0]
+    assert y.float()[of_second, 0].isnan().all()
+    assert not y.float()[~of_second].isnan().any()
+
+
+@every_kernel
+def test_an_infinity_in_a_static_fp8_is_nan(kernel, device_generator):
+    expert = torch.zeros(3, 1, dtype=torch.int64, device=device_generator.device)
+    case = make(kernel, device_generator, expert, SMALL, experts=1, n=32, k=64)
+    bias = torch.zeros(1, 32, device=expert.device)
+    bias[0, :3] = torch.tensor([float("inf"), -float("inf"), 1e9])
+    y_scale = torch.ones(1, device=expert.device)
+    y = replace(case, bias=bias).run(SMALL, num_warps=4, y_format="fp8", y_scale=y_scale).float()
+    assert y[:, :2].isnan().all()
+    assert (y[:, 2] == 448).all()
 
 
 # Tokens of each expert and columns of tiles.
