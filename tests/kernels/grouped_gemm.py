@@ -24,7 +24,7 @@ from moelab.kernels.formats import (
 )
 from moelab.kernels.router import route
 from moelab.kernels.routing import Routing
-from moelab.specs import Tile
+from moelab.specs import TensorSpec, Tile
 
 PLAIN = SwiGLU()
 # openai/gpt-oss, gpt_oss/torch/model.py.
@@ -40,6 +40,15 @@ every_tile = pytest.mark.parametrize(
     "tile", [SMALL, pytest.param(LARGE, marks=pytest.mark.gpu)], ids=str
 )
 
+# Triton's names of types.
+SPECS = {
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e4m3fnuz: "fp8e4b8",
+    torch.uint8: "u8",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.float32: "fp32",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Bytes before and after each tensor.
@@ -98,6 +107,29 @@ class PoisonedEmpty:
             outside = torch.cat((buffer[:FENCE], buffer[buffer.numel() - FENCE :]))
             clean = (outside == poison(tensor.dtype)).all()
             assert clean, f"memory around {list(tensor.shape)} was written"
+
+
+class Recorder:
+    """Stand in for a kernel: keep what it was launched with."""
+
+    def __init__(self):
+        self.grid = self.arguments = None
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return self
+
+    def __call__(self, *_, **arguments):
+        self.arguments = arguments
+
+    def told(self) -> dict:
+        """Give the arguments as the compiler is told them: tensors without their memory."""
+        return {
+            name: TensorSpec(tuple(value.shape), SPECS[value.dtype])
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in self.arguments.items()
+        }
 
 
 def spread(generator: torch.Generator, m: int, experts: int, top_k: int) -> torch.Tensor:

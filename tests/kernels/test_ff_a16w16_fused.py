@@ -9,11 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from grouped_gemm import DTYPES, FENCE, fenced
+from grouped_gemm import DTYPES, FENCE, Recorder, fenced
 from triton.runtime.interpreter import InterpreterBuilder
 
 from moelab.kernels import ff_a16w16_fused as ff
-from moelab.specs import Cost, Problem, TensorSpec, Tile
+from moelab.specs import Cost, Problem, Tile
 from moelab.targets import get
 
 SMALL, FLAT = Tile(16, 32, 32), Tile(4, 64, 16)
@@ -345,28 +345,11 @@ def test_cost_counts_both_products_and_each_tensor_once():
     )
 
 
-class Recorder:
-    """Stand in for the kernel: keep what it was launched with."""
-
-    def __init__(self):
-        self.grid = self.arguments = None
-
-    def __getitem__(self, grid):
-        self.grid = grid
-        return self
-
-    def __call__(self, **arguments):
-        self.arguments = arguments
-
-
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(ff, "_ff_a16w16_fused_kernel", recorder)
     return recorder
-
-
-SPECS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @every_gate
@@ -379,12 +362,7 @@ def test_the_compiler_is_told_of_the_launch_that_is_made(
     described = ff.source(problem(m, n, k, gated), tile, get(target)).args
     case = whole(generator, m, n // 2 if gated else n, k, gated)
     ff.ff_a16w16_fused(case.x, case.w_up, case.w_down, tile, gated=gated, num_warps=4, num_stages=3)
-    launched = {
-        name: TensorSpec(tuple(value.shape), SPECS[value.dtype])
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in recorder.arguments.items()
-    }
+    launched = recorder.told()
     assert launched.pop("num_warps") == 4
     assert launched.pop("num_stages") == 3
     assert {name: launched[name] for name in described} == described

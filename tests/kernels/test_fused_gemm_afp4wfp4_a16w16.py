@@ -7,11 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
-from grouped_gemm import DTYPES, PoisonedEmpty, fenced
+from grouped_gemm import DTYPES, PoisonedEmpty, Recorder, fenced
 
 from moelab.kernels import fused_gemm_afp4wfp4_a16w16 as fused
 from moelab.kernels.formats import dequantize_mxfp4, mx_groups, mx_pairs, quantize_mxfp4
-from moelab.specs import Cost, Problem, TensorSpec, Tile
+from moelab.specs import Cost, Problem, Tile
 from moelab.targets import TARGETS, get
 
 # Rows of x enough for 8 warps: where NVIDIA's lowering widens mxfp4 in registers, each thread
@@ -372,20 +372,6 @@ def test_cost_counts_both_products_and_each_tensor_once():
     )
 
 
-class Recorder:
-    """Stand in for a kernel: keep what it was launched with."""
-
-    def __init__(self):
-        self.grid = self.arguments = None
-
-    def __getitem__(self, grid):
-        self.grid = grid
-        return self
-
-    def __call__(self, *positional, **arguments):
-        self.arguments = arguments
-
-
 @pytest.fixture
 def recorder(monkeypatch):
     """Launch neither kernel; keep what the first was launched with."""
@@ -393,9 +379,6 @@ def recorder(monkeypatch):
     monkeypatch.setattr(fused, "_fused_gemm_afp4wfp4_a16w16_kernel", recorder)
     monkeypatch.setattr(fused, "_sum_splits_kernel", Recorder())
     return recorder
-
-
-SPECS = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @every_split
@@ -417,12 +400,7 @@ def test_the_compiler_is_told_of_the_launch_that_is_made(
         num_xcds=target.xcds,
         y_format=y_format,
     )
-    launched = {
-        name: TensorSpec(tuple(value.shape), SPECS[value.dtype])
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in recorder.arguments.items()
-    }
+    launched = recorder.told()
     assert launched.pop("num_warps") == 4
     assert launched.pop("num_stages") == 3
     assert {name: launched[name] for name in described} == described

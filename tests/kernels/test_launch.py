@@ -6,27 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grouped_gemm import GPT_OSS, GROUPED, PLAIN, SMALL, every_kernel, make, spread
+from grouped_gemm import GPT_OSS, GROUPED, PLAIN, SMALL, Recorder, every_kernel, make, spread
 
 from moelab.kernels import KERNELS, load
 from moelab.kernels.formats import shuffle_scales_cdna4
 from moelab.problems import Problem
-from moelab.specs import Y_FORMATS, TensorSpec, Tile
+from moelab.specs import Y_FORMATS, Tile
 from moelab.targets import get
-
-
-class Recorder:
-    """Stand in for a kernel: keep what it was launched with."""
-
-    def __init__(self):
-        self.grid = self.arguments = None
-
-    def __getitem__(self, grid):
-        self.grid = grid
-        return self
-
-    def __call__(self, **arguments):
-        self.arguments = arguments
 
 
 @pytest.fixture
@@ -280,16 +266,6 @@ def test_no_rows_launch_nothing(kernel, generator, recorder):
     assert recorder.grid is None
 
 
-DTYPES = {
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e4m3fnuz: "fp8e4b8",
-    torch.uint8: "u8",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-    torch.float32: "fp32",
-}
-
-
 def told_and_launched(kernel, target, of, recorder, generator, **options):
     """Give what the compiler is told of a problem, and what its launch passes."""
     fp8 = torch.float8_e4m3fnuz if target.fp8 == "fp8e4b8" else torch.float8_e4m3fn
@@ -318,12 +294,7 @@ def told_and_launched(kernel, target, of, recorder, generator, **options):
     of_y = {"y_scale": torch.ones(1)} if of.y_format == "fp8" else {}
     launch = {"num_warps": 4, "num_stages": 3, "num_xcds": target.xcds}
     case.run(tile, y_format=of.y_format, **launch, **of_y)
-    launched = {
-        name: TensorSpec(tuple(value.shape), DTYPES[value.dtype])
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in recorder.arguments.items()
-    }
+    launched = recorder.told()
     assert launched.pop("num_warps") == 4
     assert launched.pop("num_stages") == 3
     return described, {name: launched[name] for name in described}
