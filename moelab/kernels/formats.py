@@ -103,9 +103,14 @@ def dequantize_fp8_blocks(x: Tensor, scale: Tensor, rows: int) -> Tensor:
     _expect("x", x, _FP8, (..., None, None))
     _expect_rows(rows)
     *before, n, k = x.shape
-    blocks = (*before, _ceil_div(n, rows), _ceil_div(k, FP8_BLOCK))
+    blocks = (*before, _ceil_div(n, rows), fp8_blocks(k))
     _expect("scale", scale, ("torch.float32",), blocks)
     return x.float() * _of_blocks(scale, rows, x.shape)
+
+
+def fp8_blocks(size: int) -> int:
+    """Count the blocks that hold ``size`` elements, the last perhaps in part."""
+    return _ceil_div(size, FP8_BLOCK)
 
 
 def mx_groups(k: int) -> int:

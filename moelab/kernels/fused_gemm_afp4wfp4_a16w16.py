@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
+from ..specs import UNQUANTIZED, Cost, Problem, Source, Target, TensorSpec, Tile
 from .formats import MX_GROUP, dequantize_mxfp4, mx_groups, mx_pairs, without_filler
 from .launch import (
     AMD_OPTIONS,
@@ -38,8 +38,6 @@ from .routing import grouped_block, near_programs
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Y_FORMATS = ("bf16", "fp32")
 
 # Elements that one program of the sum writes.
 SUM_BLOCK = 1024
@@ -354,7 +352,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         ValueError: the kernel can't take the tile or a format.
     """
     check_tile(tile, _rules(tile))
-    check_formats(problem, y_formats=Y_FORMATS)
+    check_formats(problem, y_formats=UNQUANTIZED)
     m, n, n_bf16, k = problem.m, problem.n, problem.n_bf16, problem.k
     shared = tile.split_k > 1
     rows = (tile.split_k, m) if shared else (m,)
@@ -419,7 +417,7 @@ def fused_gemm_afp4wfp4_a16w16(
     expect_tile(tile)
     check_tile(tile, _rules(tile))
     check_schedule(num_warps, num_stages, num_xcds)
-    one_of("y_format", y_format, Y_FORMATS)
+    one_of("y_format", y_format, UNQUANTIZED)
     u8, bf16, fp32 = (torch.uint8,), (torch.bfloat16,), (torch.float32,)
     expect("x_bf16", x_bf16, (None, None), bf16, of=w_fp4)
     m, k = x_bf16.shape

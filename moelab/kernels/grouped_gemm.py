@@ -39,7 +39,7 @@ class Layer(TypedDict, total=False):
         gather: x is ``[tokens, k]`` and rows are gathered by token (the default);
             otherwise x is ``[rows, k]`` in expert order.
         weighted: multiply each row by its routing weight.
-        scatter: row r of y is that of ``token * top_k + slot`` r; else expert order.
+        scatter: rows of y lie at ``token * top_k + slot``; otherwise in expert order.
         swiglu: activation over interleaved pairs of columns; n must be even.
     """
 
@@ -76,11 +76,6 @@ def _tile_rules(tile: Tile, swiglu: bool, y_format: str) -> list[TileRule]:
         ("block_k", tile.block_k >= 32, "32 or more, what matrix units take at once"),
         ("block_n", tile.block_n >= least_n, f"{least_n} or more{of}"),
     ]
-
-
-def x_rows(problem: Problem) -> int:
-    """Count the rows of x: one for each token if they are gathered."""
-    return problem.m if problem.gather else problem.rows
 
 
 def _arguments(
@@ -315,7 +310,7 @@ def cost(problem: Problem, x_row_bytes: int, w_bytes: int) -> Cost:
     }[problem.y_format]
     return Cost(
         flops=2 * problem.rows * problem.n * problem.k,
-        bytes=x_rows(problem) * x_row_bytes
+        bytes=problem.x_rows * x_row_bytes
         + min(problem.experts, problem.rows) * w_bytes
         + problem.rows * y_row_bytes,
     )

@@ -15,7 +15,7 @@ from ..specs import SCALE_LAYOUTS, Cost, Problem, Source, Target, TensorSpec, Ti
 from . import grouped_gemm
 from .epilogue import finish
 from .formats import dequantize_mxfp4, mx_groups, mx_pairs, without_filler
-from .grouped_gemm import Layer, Options, x_rows
+from .grouped_gemm import Layer, Options
 from .launch import expect, expect_tile
 from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
 from .routing import Routing, expert_tile, tile_rows
@@ -137,7 +137,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile or a format.
     """
-    rows, pairs, groups = x_rows(problem), mx_pairs(problem.k), mx_groups(problem.k)
+    rows, pairs, groups = problem.x_rows, mx_pairs(problem.k), mx_groups(problem.k)
     w_scale = scale_shape(problem.experts, problem.n, problem.k, problem.scale_layout)
     return grouped_gemm.describe(
         _moe_gemm_a4w4_kernel,

@@ -26,7 +26,7 @@ from ..specs import (
 from . import grouped_gemm
 from .epilogue import finish
 from .formats import dequantize_mxfp4, dequantize_mxfp8, mx_groups, mx_pairs
-from .grouped_gemm import Layer, Options, x_rows
+from .grouped_gemm import Layer, Options
 from .launch import expect, expect_tile
 from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
 from .routing import Routing, expert_tile, tile_rows
@@ -155,7 +155,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile or a format.
     """
-    rows, groups = x_rows(problem), mx_groups(problem.k)
+    rows, groups = problem.x_rows, mx_groups(problem.k)
     x_scales = {
         "fp8": TensorSpec((1,), "fp32"),
         "mxfp8": TensorSpec((rows, groups), "u8"),

@@ -17,7 +17,7 @@ import triton.language as tl
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import finish
-from .grouped_gemm import Layer, Options, x_rows
+from .grouped_gemm import Layer, Options
 from .launch import expect, expect_tile
 from .operands import columns
 from .routing import Routing, expert_tile, tile_rows
@@ -120,7 +120,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         problem,
         tile,
         target,
-        x=TensorSpec((x_rows(problem), problem.k), target.fp8),
+        x=TensorSpec((problem.x_rows, problem.k), target.fp8),
         w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
         own={
             "x_scale_ptr": TensorSpec((1,), "fp32"),

@@ -15,8 +15,8 @@ import triton.language as tl
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import finish
-from .formats import FP8_BLOCK, dequantize_fp8_blocks
-from .grouped_gemm import Layer, Options, x_rows
+from .formats import FP8_BLOCK, dequantize_fp8_blocks, fp8_blocks
+from .grouped_gemm import Layer, Options
 from .launch import AMD_OPTIONS, TileRule, expect, expect_tile
 from .operands import columns
 from .routing import Routing, expert_tile, tile_rows
@@ -110,10 +110,6 @@ def _moe_gemm_a8w8_blockscale_kernel(
     )
 
 
-def _blocks(size: int) -> int:
-    return -(-size // FP8_BLOCK)
-
-
 def _rules(tile: Tile) -> list[TileRule]:
     within = tile.block_k <= FP8_BLOCK
     return [("block_k", within, f"{FP8_BLOCK} or less: a step must not span two scales")]
@@ -125,17 +121,17 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile.
     """
-    blocks = _blocks(problem.k)
+    blocks = fp8_blocks(problem.k)
     return grouped_gemm.describe(
         _moe_gemm_a8w8_blockscale_kernel,
         problem,
         tile,
         target,
-        x=TensorSpec((x_rows(problem), problem.k), target.fp8),
+        x=TensorSpec((problem.x_rows, problem.k), target.fp8),
         w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
         own={
-            "x_scale_ptr": TensorSpec((x_rows(problem), blocks), "fp32"),
-            "w_scale_ptr": TensorSpec((problem.experts, _blocks(problem.n), blocks), "fp32"),
+            "x_scale_ptr": TensorSpec((problem.x_rows, blocks), "fp32"),
+            "w_scale_ptr": TensorSpec((problem.experts, fp8_blocks(problem.n), blocks), "fp32"),
             "blocks": blocks,
         },
         rules=_rules(tile),
@@ -173,10 +169,10 @@ def moe_gemm_a8w8_blockscale(
     expect_tile(tile)
     expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
     experts, n, k = w.shape
-    blocks = _blocks(k)
+    blocks = fp8_blocks(k)
     expect("x", x, (None, k), (w.dtype,), of=w)
     expect("x_scale", x_scale, (x.shape[0], blocks), (torch.float32,), of=w)
-    expect("w_scale", w_scale, (experts, _blocks(n), blocks), (torch.float32,), of=w)
+    expect("w_scale", w_scale, (experts, fp8_blocks(n), blocks), (torch.float32,), of=w)
     return grouped_gemm.launch(
         _moe_gemm_a8w8_blockscale_kernel,
         x,
@@ -193,11 +189,11 @@ def moe_gemm_a8w8_blockscale(
 
 def cost(problem: Problem) -> Cost:
     """Count useful FLOPs and the bytes that any implementation must move."""
-    blocks = _blocks(problem.k)
+    blocks = fp8_blocks(problem.k)
     return grouped_gemm.cost(
         problem,
         x_row_bytes=problem.k + 4 * blocks,
-        w_bytes=problem.n * problem.k + 4 * _blocks(problem.n) * blocks,
+        w_bytes=problem.n * problem.k + 4 * fp8_blocks(problem.n) * blocks,
     )
 
 
