@@ -18,14 +18,14 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from . import kernels, targets
-from .specs import Configuration, Source, Target
+from . import kernels, launches, targets
+from .specs import AsyncCopy, KernelLaunch, Question, Source, Target
 
 # The last pass that allocates on-chip memory, in each backend's `make_llir`.
 _LAST_ALLOCATION = {
@@ -143,35 +143,37 @@ def default_async_copy(target: Target) -> bool | None:
     return bool(decide(target.arch))
 
 
-def specialize(configuration: Configuration) -> Launch:
-    """Bind a configuration as a launch on its target would.
-
-    Triton's own binder decides what is constant, what is divisible by 16 and what
-    spans at most 2 GiB.
+def specialize(question: Question) -> Launch:
+    """Bind a question as a launch on its target would.
 
     Raises:
         ValueError: unknown kernel or target; the message lists those there are.
+        LaunchError: the launch does not describe its kernel.
         CompileError: the kernel can't take the tile or a format.
     """
-    target = targets.get(configuration.target)
-    kernel = kernels.load(configuration.kernel)
+    target = targets.get(question.target)
+    options = {"num_warps": question.num_warps, "num_stages": question.num_stages}
+    if isinstance(question, KernelLaunch):
+        own = json.loads(question.options)
+        fn = launches.load(question.kernel)
+        arguments = launches.bind(fn, json.loads(question.args))
+        return specialize_types(fn, arguments, own | options, target, question.async_copy)
+    kernel = kernels.load(question.kernel)
     try:
-        source = kernel.source(configuration.problem, configuration.tile, target)
+        source = kernel.source(question.problem, question.tile, target)
     except ValueError as refused:
-        raise CompileError(f"{configuration.kernel}: {refused}") from refused
-    options = {
-        **source.options,
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
-    }
-    return specialize_source(source, options, target, configuration.async_copy)
+        raise CompileError(f"{question.kernel}: {refused}") from refused
+    return specialize_source(source, source.options | options, target, question.async_copy)
 
 
 def specialize_source(
-    source: Source, options: dict[str, Any], target: Target, async_copy: bool | None
+    source: Source, options: dict[str, Any], target: Target, async_copy: AsyncCopy
 ) -> Launch:
-    """Bind any kernel's launch; see `specialize`."""
-    from triton._C.libtriton import get_cache_invalidating_env_vars
+    """Bind a launch with these arguments.
+
+    Triton's own binder decides what is constant, what is divisible by 16 and what
+    spans at most 2 GiB.
+    """
     from triton.compiler import ASTSource
 
     backend, bind = _binder(source.fn, target.name)
@@ -186,6 +188,68 @@ def specialize_source(
             backend, given, bound, specialization, excess
         )
     ast = ASTSource(source.fn, signature, constants, attributes)
+    return _launch(ast, parsed, backend, target, async_copy)
+
+
+def specialize_types(
+    fn: Any,
+    arguments: Mapping[str, launches.Argument],
+    options: dict[str, Any],
+    target: Target,
+    async_copy: AsyncCopy,
+) -> Launch:
+    """Bind a launch of which the types are known instead of the arguments.
+
+    Args:
+        fn: the ``triton.jit`` function; ``arguments`` has each of its parameters.
+        options: Triton's, ``num_warps`` and ``num_stages`` among them.
+    Raises:
+        LaunchError: an option that the backend doesn't have.
+        CompileError: an option's value that it refuses.
+    """
+    import triton.language as tl
+    from triton.compiler import ASTSource
+
+    backend, _ = _binder(fn, target.name)
+    launches.unknown(
+        "options", set(options) - set(default_options(target)), default_options(target)
+    )
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def signature(path: tuple[int, ...], argument: launches.Argument) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(signature((*path, i), part) for i, part in enumerate(argument))
+        if isinstance(argument, launches.Type):
+            bounded = argument.name.startswith("*") and not argument.large
+            # D: divisible by 16; S: spans less than 2 GiB, which AMD's backend alone asks.
+            attributes[path] = backend.parse_attr("D" * argument.divisible + "S" * bounded)
+            return argument.name
+        if isinstance(argument, launches.DType):
+            constants[path] = tl.dtype(argument.name)
+        else:
+            constants[path] = argument.value
+        return "constexpr"
+
+    types = {p.name: signature((i,), arguments[p.name]) for i, p in enumerate(fn.params)}
+    ast = ASTSource(fn, types, constants, {path: said for path, said in attributes.items() if said})
+    with _compile_errors():
+        parsed = backend.parse_options(options)
+    return _launch(ast, parsed, backend, target, async_copy)
+
+
+def default_options(target: Target) -> dict[str, Any]:
+    """Give every launch option that a backend has, with its default."""
+    from triton.compiler.compiler import make_backend
+
+    return dict(make_backend(gpu_target(target)).parse_options({}).__dict__)
+
+
+def _launch(ast: Any, parsed: Any, backend: Any, target: Target, async_copy: AsyncCopy) -> Launch:
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    if async_copy == "default":
+        async_copy = default_async_copy(target)
     unpipelined = dataclasses.replace(parsed, num_stages=1)
     environment = sorted(get_cache_invalidating_env_vars().items())
     identity = [triton_version(), target.name, ast.hash(), environment]

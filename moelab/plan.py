@@ -11,13 +11,18 @@ import itertools
 from collections.abc import Collection
 from dataclasses import replace
 
-from . import compiler, problems
+from . import problems
 from .kernels import KERNELS
 from .parameters import ParameterError, as_list
-from .specs import SCALE_LAYOUTS, X_FORMATS, Y_FORMATS, Configuration, Target, Tile
+from .specs import SCALE_LAYOUTS, X_FORMATS, Y_FORMATS, AsyncCopy, Configuration, Target, Tile
 from .targets import TARGETS
 
-ASYNC_COPY = ("on", "off", "both", "default")
+ASYNC_COPY: dict[str, tuple[AsyncCopy, ...]] = {
+    "on": (True,),
+    "off": (False,),
+    "both": (False, True),
+    "default": ("default",),
+}
 WARPS = (1, 2, 4, 8, 16)
 
 
@@ -50,7 +55,8 @@ def grid(
             for each problem.
         warps: warps per workgroup, given together with ``tiles``.
         stages: ``num_stages``.
-        async_copy: one of `ASYNC_COPY`; targets without the switch get one row.
+        async_copy: on, off, both, or default as the Triton that compiles has it; targets
+            without the switch get one row.
         x_format, y_format, scale_layout: as in `Problem`; a kernel that doesn't take one
             gets rows that say so.
     Raises:
@@ -74,8 +80,6 @@ def grid(
             _names("scale_layout", scale_layout, SCALE_LAYOUTS),
         )
     )
-    if async_copy not in ASYNC_COPY:
-        raise ParameterError(f"async_copy: {async_copy!r} is not one of {', '.join(ASYNC_COPY)}")
     configurations = []
     for kernel, (layer, shards, tokens) in itertools.product(kernel_names, shapes):
         for model in model_names or _served_with(kernel)[: None if models == "all" else 1]:
@@ -132,13 +136,15 @@ def _served_with(kernel: str) -> list[str]:
     return [model.name for model in problems.MODELS.values() if kernel in model.kernels]
 
 
-def _switches(async_copy: str, target: Target) -> list[bool | None]:
-    if not target.async_copy_switch:
-        return [None]
-    if async_copy == "default":
-        return [compiler.default_async_copy(target)]
-    switches: dict[str, list[bool | None]] = {"on": [True], "off": [False], "both": [False, True]}
-    return switches[async_copy]
+def _switches(async_copy: str, target: Target) -> list[AsyncCopy]:
+    """Read the switch; ``default`` is left to the Triton that will compile.
+
+    Raises:
+        ParameterError: it is something else; the message lists what there is.
+    """
+    if not isinstance(async_copy, str) or async_copy not in ASYNC_COPY:
+        raise ParameterError(f"async_copy: {async_copy!r} is not one of {', '.join(ASYNC_COPY)}")
+    return list(ASYNC_COPY[async_copy]) if target.async_copy_switch else [None]
 
 
 def _tilings(tiles: object, warps: object) -> list[tuple[Tile, int]]:

@@ -20,22 +20,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-# What schema 1 did not say, for it was always so.
-_SINCE_2 = {
-    "scatter": False,
-    "x_format": None,
-    "y_format": "bf16",
-    "scale_layout": "rows",
-    "n_bf16": 0,
-    "split_k": 1,
+# What earlier schemas did not say, for it was always so: of 1, and of 2.
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {
+        "scatter": False,
+        "x_format": None,
+        "y_format": "bf16",
+        "scale_layout": "rows",
+        "n_bf16": 0,
+        "split_k": 1,
+    },
+    3: {"args": None, "options": None, "buffers": None},
 }
 
 # Every column, in order, with its pandas type. Nullable types: a missing figure is
 # missing, never zero.
 COLUMNS = {
-    "kernel": "string",
+    "kernel": "string",  # by name; FILE.py:KERNEL if it is not one of ours, without a problem
     "model": "string",
     "layer": "Int64",
     "tp": "Int64",
@@ -53,6 +56,8 @@ COLUMNS = {
     "y_format": "string",
     "scale_layout": "string",  # of w's mx scales
     "n_bf16": "Int64",  # columns of a bf16 weight beside w
+    "args": "string",  # JSON, of a kernel that is not one of ours; so are its options
+    "options": "string",
     "target": "string",
     "triton": "string",
     "block_m": "Int64",
@@ -70,6 +75,7 @@ COLUMNS = {
     "lds_limit": "Int64",  # bytes
     "tmem_columns": "Int64",
     "method": "string",  # allocation or full: how the LDS was told
+    "buffers": "string",  # JSON: what takes which bytes, as `lds_map` reads it
     "registers": "Int64",  # per thread; here and below missing unless mode is full
     "scalar_registers": "Int64",  # per wave
     "spilled_registers": "Int64",  # per thread
@@ -169,7 +175,17 @@ def journalled(store: Path) -> Iterator[dict[str, Any]]:
                     f"{path}:{number} has schema {schema}; this moelab reads up to "
                     f"{SCHEMA_VERSION}: upgrade moelab, or choose another store"
                 )
-            yield _SINCE_2 | row if schema < 2 else row
+            yield _since(schema) | row
+
+
+def _since(schema: int) -> dict[str, Any]:
+    """Give what a row of an earlier schema does not say."""
+    return {
+        name: value
+        for later, values in _SINCE.items()
+        if schema < later
+        for name, value in values.items()
+    }
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -194,8 +210,9 @@ def read(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     if path.suffix == ".parquet" and path.is_file():
         table = pd.read_parquet(path)
-        if "schema" in table and (table["schema"] == 1).all():
-            table = table.assign(**_SINCE_2)
+        if "schema" in table and len(table):
+            unsaid = _since(table["schema"].max())
+            table = table.assign(**{n: v for n, v in unsaid.items() if n not in table})
         if missing := [name for name in COLUMNS if name not in table]:
             raise ValueError(f"{path} has no column {', '.join(missing)}: not an export of moelab")
         if len(table) and table["schema"].max() > SCHEMA_VERSION:

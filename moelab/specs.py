@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -232,18 +232,49 @@ class Cost:
     bytes: int
 
 
+# The AMD switch: on, off, as the Triton that compiles has it; None where there is none.
+AsyncCopy = bool | None | Literal["default"]
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """One question to the compiler.
-
-    Args:
-        async_copy: the AMD switch; None where the target has none.
-    """
+    """One question to the compiler."""
 
     kernel: str
     problem: Problem
     tile: Tile
     num_warps: int
     num_stages: int
-    async_copy: bool | None
+    async_copy: AsyncCopy
     target: str
+
+    def asked(self) -> dict[str, Any]:
+        """Spell the question out, as rows do."""
+        own = {name: value for name, value in vars(self).items() if name not in ("problem", "tile")}
+        return own | vars(self.problem) | vars(self.tile)
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One question to the compiler about anybody's kernel.
+
+    Args:
+        kernel: ``FILE.py:KERNEL`` or ``package.module:KERNEL``.
+        args: JSON: a type or a constant for every parameter, as `launches` describes.
+        options: JSON: Triton's launch options, but for warps and stages.
+    """
+
+    kernel: str
+    args: str
+    options: str
+    num_warps: int
+    num_stages: int
+    async_copy: AsyncCopy
+    target: str
+
+    def asked(self) -> dict[str, Any]:
+        """Spell the question out, as rows do."""
+        return dict(vars(self))
+
+
+Question = Configuration | KernelLaunch

@@ -1,7 +1,7 @@
-"""Configurations become rows: compiled on all cores, journalled as they come.
+"""Questions become rows: compiled on all cores, journalled as they come.
 
-Launches that compile to the same code are compiled once, and each configuration gets
-its row. A second run compiles only what no row of the store answers yet; what crashed
+Launches that compile to the same code are compiled once, and each question gets its
+row. A second run compiles only what no row of the store answers yet; what crashed
 or timed out is asked again.
 """
 
@@ -11,20 +11,23 @@ import contextlib
 import ctypes
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, compiler, records, targets
-from .specs import Configuration
+from . import __version__, compiler, records, targets, toolchain
+from .specs import Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,50 +40,121 @@ _REASON_CHARACTERS = 800
 
 
 def run(
-    configurations: Sequence[Configuration],
+    questions: Sequence[Question],
     store: Path | str,
     *,
     full: bool = False,
     jobs: int | None = None,
     progress: bool = True,
     timeout_s: float = TIMEOUT_S,
+    triton: str | None = None,
 ) -> pd.DataFrame:
-    """Answer every configuration from the store or the compiler.
+    """Answer every question from the store or the compiler.
 
     Args:
         store: folder of journals; made if missing.
         full: compile to machine code too, for registers, spills and occupancy.
         jobs: processes; None takes every core.
-        progress: show on stderr how many configurations are left.
+        progress: show on stderr how many questions are left.
         timeout_s: after this a compile is ended and its row says so.
+        triton: which one answers, as `toolchain.find` names it; None is this process's.
     Returns:
-        one row per configuration, in their order: `records.COLUMNS`.
+        one row per question, in their order: `records.COLUMNS`.
     Raises:
-        ValueError: fewer than one job.
+        ValueError: fewer than one job, or a launch that does not describe its kernel.
         OSError: the store can't be written to.
+        ToolchainError: no such Triton, or it does not start.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs}; give 1 or more, or leave it out for every core")
+    options: dict[str, Any] = {
+        "full": full,
+        "jobs": jobs,
+        "progress": progress,
+        "timeout_s": timeout_s,
+    }
     store = Path(store)
+    chosen = toolchain.find(triton)
+    if chosen.is_here:
+        return records.frame(_answered(questions, store, **options))
+    return records.frame(_answered_by(chosen, questions, store, options))
+
+
+def _answered_by(
+    chosen: toolchain.Toolchain,
+    questions: Sequence[Question],
+    store: Path,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Let a process of another Triton answer, which writes to the same store."""
+    request = pickle.dumps((questions, store.absolute(), options))
+    with chosen.environment() as environment:
+        process = subprocess.run(
+            [chosen.python, "-c", "from moelab import sweep; sweep.serve()"],
+            input=request,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+    lines = process.stdout.splitlines()
+    if process.returncode or not lines:
+        # Says why, if it is that the Python or its Triton does not start.
+        chosen.versions()
+        raise toolchain.ToolchainError(
+            f"{chosen.name} ended with exit code {process.returncode}; "
+            "the rows that it finished are in the store"
+        )
+    reply = json.loads(lines[-1])
+    if "error" in reply:
+        kinds = {"ValueError": ValueError, "OSError": OSError}
+        raise kinds.get(reply["kind"], toolchain.ToolchainError)(reply["error"])
+    return reply["rows"]
+
+
+def serve() -> None:
+    """Answer a request of `_answered_by`: pickled on stdin, rows as JSON on stdout."""
+    _die_with(os.getppid())
+    # Whatever else prints must not be taken for the reply.
+    reply_to = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    questions, store, options = pickle.load(sys.stdin.buffer)
+    try:
+        reply: dict[str, Any] = {"rows": _answered(questions, store, **options)}
+    except (ValueError, OSError) as error:
+        kind = "OSError" if isinstance(error, OSError) else "ValueError"
+        reply = {"error": str(error), "kind": kind}
+    with os.fdopen(reply_to, "w") as out:
+        out.write(json.dumps(reply) + "\n")
+
+
+def _answered(
+    questions: Sequence[Question],
+    store: Path,
+    full: bool,
+    jobs: int | None,
+    progress: bool,
+    timeout_s: float,
+) -> list[dict[str, Any]]:
+    """Answer with this process's Triton."""
+    questions = [_settled(question) for question in questions]
     mode = "full" if full else "lds"
     known = {
         records.key(row): row
         for row in records.journalled(store)
         if row["status"] not in records.UNANSWERED
     }
-    asked = [_question(configuration, mode) for configuration in configurations]
+    asked = [_row(question, mode) for question in questions]
     missing: dict[str, list[int]] = defaultdict(list)
-    for index, question in enumerate(asked):
-        if records.key(question) not in known:
-            missing[question["compile_key"]].append(index)
+    for index, row in enumerate(asked):
+        if records.key(row) not in known:
+            missing[row["compile_key"]].append(index)
     left = sum(map(len, missing.values()))
     with records.Journal(store) as journal, _bar(len(asked), left, progress) as bar:
-        # Another configuration's row may answer what compiles to the same code.
+        # Another question's row may answer what compiles to the same code.
         stored = {
             row["compile_key"]: _answer_of(row) for row in known.values() if row["mode"] == mode
         }
         to_compile = {
-            key: configurations[indices[0]] for key, indices in missing.items() if key not in stored
+            key: questions[indices[0]] for key, indices in missing.items() if key not in stored
         }
         answers = itertools.chain(
             ((key, stored[key]) for key in missing if key in stored),
@@ -92,7 +166,7 @@ def run(
                 journal.append(row)
                 known[records.key(row)] = row
             bar.update(len(missing[key]))
-    return records.frame(known[records.key(question)] for question in asked)
+    return [known[records.key(row)] for row in asked]
 
 
 @contextlib.contextmanager
@@ -117,49 +191,49 @@ def _bar(total: int, left: int, progress: bool) -> Iterator[Any]:
         )
 
 
-def _question(configuration: Configuration, mode: str) -> dict[str, Any]:
-    """Start a configuration's row: everything that is asked."""
-    problem = asdict(configuration.problem)
-    return {
-        "kernel": configuration.kernel,
-        **problem,
-        "target": configuration.target,
+def _settled(question: Question) -> Question:
+    """Say on or off where the question leaves async copy to the Triton that compiles."""
+    if question.async_copy != "default":
+        return question
+    decided = compiler.default_async_copy(targets.get(question.target))
+    return replace(question, async_copy=decided)
+
+
+def _row(question: Question, mode: str) -> dict[str, Any]:
+    """Start a question's row: everything that is asked."""
+    return question.asked() | {
         "triton": compiler.triton_version(),
-        **asdict(configuration.tile),
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
-        "async_copy": configuration.async_copy,
         "mode": mode,
-        "compile_key": _compile_key(configuration),
+        "compile_key": _compile_key(question),
     }
 
 
-def _compile_key(configuration: Configuration) -> str:
+def _compile_key(question: Question) -> str:
     """Give what launches share that compile to the same code; what is refused has its own."""
     try:
-        return compiler.specialize(configuration).key
+        return compiler.specialize(question).key
     except compiler.CompileError:
-        return hashlib.sha256(repr(configuration).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(question).encode()).hexdigest()[:16]
 
 
 def _answer_of(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in records.KEY}
 
 
-def answer(configuration: Configuration, full: bool) -> dict[str, Any]:
+def answer(question: Question, full: bool) -> dict[str, Any]:
     """Ask the compiler, in this process; returns a row's second half.
 
     Raises:
         compiler.CompileError: it rejects the kernel.
     """
-    target = targets.get(configuration.target)
-    launch = compiler.specialize(configuration)
+    target = targets.get(question.target)
+    launch = compiler.specialize(question)
     found: dict[str, Any] = {}
     if full:
         allocation, resources = compiler.full(launch)
         found |= asdict(resources)
         occupancy = targets.occupancy(
-            target, allocation.lds_bytes, resources.registers, configuration.num_warps
+            target, allocation.lds_bytes, resources.registers, question.num_warps
         )
         found |= {
             "workgroups_per_cu": occupancy.workgroups_per_cu,
@@ -190,16 +264,16 @@ def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[st
 
 
 def _compile_all(
-    configurations: dict[str, Configuration], full: bool, jobs: int, timeout_s: float
+    questions: dict[str, Question], full: bool, jobs: int, timeout_s: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each key's answer as it comes; a failure is an answer too."""
     from pebble import ProcessPool
 
-    if not configurations:
+    if not questions:
         return
     with tempfile.TemporaryDirectory(prefix="moelab-") as logs, _script_left_out():
         pool = ProcessPool(
-            max_workers=min(jobs, len(configurations)),
+            max_workers=min(jobs, len(questions)),
             initializer=_start_worker,
             initargs=[os.getpid()],
             # Triton and LLVM threads do not survive a fork.
@@ -207,15 +281,13 @@ def _compile_all(
         )
         try:
             keys: dict[Future[Any], str] = {}
-            for key, configuration in configurations.items():
+            for key, question in questions.items():
                 log = Path(logs) / key
-                future = pool.schedule(
-                    _compile_one, args=[configuration, full, log], timeout=timeout_s
-                )
+                future = pool.schedule(_compile_one, args=[question, full, log], timeout=timeout_s)
                 keys[future] = key
             for done in as_completed(keys):
                 key = keys[done]
-                yield key, _outcome(done, configurations[key], Path(logs) / key, timeout_s)
+                yield key, _outcome(done, questions[key], Path(logs) / key, timeout_s)
             pool.close()
         finally:
             # Whatever ended the loop: no worker compiles on for nobody.
@@ -241,12 +313,12 @@ def _script_left_out() -> Iterator[None]:
 
 
 def _outcome(
-    future: Future[Any], configuration: Configuration, log: Path, timeout_s: float
+    future: Future[Any], question: Question, log: Path, timeout_s: float
 ) -> dict[str, Any]:
     """Turn a worker's result, its failure or its death into an answer."""
     from pebble import ProcessExpired
 
-    target = targets.get(configuration.target)
+    target = targets.get(question.target)
     try:
         return future.result()
     except compiler.CompileError as error:
@@ -277,6 +349,11 @@ def _reason(message: str, log: Path) -> str:
 def _start_worker(parent: int) -> None:
     """Leave interrupts to the parent, and die with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, however that ends."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -284,11 +361,11 @@ def _start_worker(parent: int) -> None:
             os._exit(1)
 
 
-def _compile_one(configuration: Configuration, full: bool, log: Path) -> dict[str, Any]:
+def _compile_one(question: Question, full: bool, log: Path) -> dict[str, Any]:
     """Answer in a worker, whose stderr is the compiler's diary."""
     with log.open("w") as diary:
         os.dup2(diary.fileno(), sys.stderr.fileno())
-        return answer(configuration, full)
+        return answer(question, full)
 
 
 def _cores() -> int:

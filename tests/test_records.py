@@ -31,6 +31,8 @@ ROW = {
     "y_format": "bf16",
     "scale_layout": "cdna4",
     "n_bf16": 0,
+    "args": '{"k": "i32:16"}',
+    "options": '{"waves_per_eu": 1}',
     "target": "gfx950",
     "triton": "3.9.0",
     "block_m": 16,
@@ -48,6 +50,7 @@ ROW = {
     "lds_limit": 163840,
     "tmem_columns": 0,
     "method": "full",
+    "buffers": "[]",
     "registers": 26,
     "scalar_registers": 46,
     "spilled_registers": 0,
@@ -57,19 +60,28 @@ ROW = {
     "warps_per_simd": 7.5,
     "occupancy_limit": "warps",
     "moelab": "0.1.0",
-    "schema": 2,
+    "schema": 3,
 }
 
-# What rows of schema 1 meant, which had no columns for it.
+# What rows of earlier schemas meant, which had no columns for it.
+UNSAID_IN_2 = {"args": None, "options": None, "buffers": None}
 UNSAID = {
-    "scatter": False,
-    "x_format": None,
-    "y_format": "bf16",
-    "scale_layout": "rows",
-    "n_bf16": 0,
-    "split_k": 1,
+    1: {
+        "scatter": False,
+        "x_format": None,
+        "y_format": "bf16",
+        "scale_layout": "rows",
+        "n_bf16": 0,
+        "split_k": 1,
+        **UNSAID_IN_2,
+    },
+    2: UNSAID_IN_2,
 }
-OLD_ROW = {name: value for name, value in ROW.items() if name not in UNSAID} | {"schema": 1}
+OLD_ROW = {
+    schema: {name: value for name, value in ROW.items() if name not in unsaid} | {"schema": schema}
+    for schema, unsaid in UNSAID.items()
+}
+every_schema = pytest.mark.parametrize("schema", UNSAID)
 
 
 def write(store, *rows):
@@ -165,33 +177,36 @@ def test_nothing_that_is_answered_tells_rows_apart():
     assert records.key(ROW) == records.key(ROW | answers)
 
 
-# Rows from before the formats.
+# Rows of earlier schemas.
 
 
-def test_a_row_of_schema_1_reads_as_what_it_meant(tmp_path):
-    write(tmp_path, OLD_ROW)
-    assert plain(records.read(tmp_path)) == [ROW | UNSAID | {"schema": 1}]
+@every_schema
+def test_an_earlier_row_reads_as_what_it_meant(tmp_path, schema):
+    write(tmp_path, OLD_ROW[schema])
+    assert plain(records.read(tmp_path)) == [ROW | UNSAID[schema] | {"schema": schema}]
 
 
-def test_a_row_of_schema_1_answers_the_same_question_now(tmp_path):
-    write(tmp_path, OLD_ROW)
+@every_schema
+def test_an_earlier_row_answers_the_same_question_now(tmp_path, schema):
+    write(tmp_path, OLD_ROW[schema])
     (row,) = records.journalled(tmp_path)
-    assert records.key(row) == records.key(ROW | UNSAID)
-    write(tmp_path, ROW | UNSAID, ROW)
-    assert [row["schema"] for row in plain(records.read(tmp_path))] == [2, 2]
+    assert records.key(row) == records.key(ROW | UNSAID[schema])
+    write(tmp_path, ROW | UNSAID[schema], ROW)
+    assert [row["schema"] for row in plain(records.read(tmp_path))] == [3, 3]
 
 
-def test_an_export_of_schema_1_reads_as_what_it_meant(tmp_path):
+@every_schema
+def test_an_earlier_export_reads_as_what_it_meant(tmp_path, schema):
     path = tmp_path / "rows.parquet"
-    records.export(records.frame([OLD_ROW]).drop(columns=list(UNSAID)), path)
-    assert plain(records.read(path)) == [ROW | UNSAID | {"schema": 1}]
+    records.export(records.frame([OLD_ROW[schema]]).drop(columns=list(UNSAID[schema])), path)
+    assert plain(records.read(path)) == [ROW | UNSAID[schema] | {"schema": schema}]
 
 
-def test_rows_of_both_schemas_are_exported_together(tmp_path):
-    write(tmp_path / "store", OLD_ROW, ROW)
+def test_rows_of_all_schemas_are_exported_together(tmp_path):
+    write(tmp_path / "store", *OLD_ROW.values(), ROW)
     rows = records.read(tmp_path / "store")
     assert_frame_equal(records.read(records.export(rows, tmp_path / "rows.parquet")), rows)
-    assert list(rows["split_k"]) == [1, 7]
+    assert list(rows["schema"]) == [1, 2, 3]
 
 
 # Writers.
