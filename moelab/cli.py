@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,28 @@ from . import __version__
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .specs import Question
+
 # Rows that are still read as a table; more are counted.
 _READABLE_ROWS = 60
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+_full = click.option(
+    "--full", is_flag=True, help="Compile to the end: registers, spills, occupancy."
+)
+_store = click.option(
+    "--store", default="rows", type=click.Path(path_type=Path), help="Folder where rows live."
+)
+_jobs = click.option(
+    "--jobs", type=click.IntRange(min=1), help="Processes; if not given, every core."
+)
+_triton = click.option(
+    "--triton",
+    "tritons",
+    multiple=True,
+    metavar="VERSION|PYTHON",
+    help="Another Triton, or a Python that has its own; several are set side by side.",
+)
 
 
 def _parquet(_context: Any, _parameter: Any, path: Path | None) -> Path | None:
@@ -47,17 +66,16 @@ def app() -> None:
 @click.option("--x-format", help="Of x, where the kernel takes several: fp8, mxfp8.")
 @click.option("--y-format", default="bf16", help="Of y: bf16, fp32, fp8, mxfp8.")
 @click.option("--scale-layout", default="rows", help="Of mx weight scales: rows, cdna4.")
-@click.option("--full", is_flag=True, help="Compile to the end: registers, spills, occupancy.")
+@_full
 @click.option(
     "--export",
     type=click.Path(path_type=Path),
     callback=_parquet,
     help="Write the rows to a .parquet.",
 )
-@click.option(
-    "--store", default="rows", type=click.Path(path_type=Path), help="Folder where rows live."
-)
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes; if not given, every core.")
+@_triton
+@_store
+@_jobs
 @_as_json
 def sweep(
     kernel: str,
@@ -75,6 +93,7 @@ def sweep(
     scale_layout: str,
     full: bool,
     export: Path | None,
+    tritons: tuple[str, ...],
     store: Path,
     jobs: int | None,
     as_json: bool,
@@ -87,10 +106,8 @@ def sweep(
         --warps 8 --stages 1,2 --async-copy both
     """
     from . import plan, records
-    from . import sweep as sweep_
-    from .parameters import ParameterError
 
-    try:
+    with _wrong_use():
         configurations = plan.grid(
             kernels=kernel,
             targets=target,
@@ -106,17 +123,51 @@ def sweep(
             y_format=y_format,
             scale_layout=scale_layout,
         )
-        rows = sweep_.run(configurations, store, full=full, jobs=jobs)
+        rows = _asked(configurations, tritons, store, full, jobs)
         if export is not None:
             records.export(rows, export)
-    except ParameterError as error:
-        raise click.UsageError(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
         _show(rows)
+
+
+@contextlib.contextmanager
+def _wrong_use() -> Iterator[None]:
+    """Tell what the user gave from what the machine lacks: exit codes 2 and 1."""
+    from .launches import LaunchError
+    from .parameters import ParameterError
+    from .toolchain import ToolchainError
+
+    try:
+        yield
+    except (ParameterError, LaunchError) as error:
+        raise click.UsageError(str(error)) from None
+    except (OSError, ValueError, ToolchainError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _asked(
+    questions: Sequence[Question],
+    tritons: tuple[str, ...],
+    store: Path,
+    full: bool,
+    jobs: int | None,
+) -> pd.DataFrame:
+    """Ask each Triton; check that all are there before any compiles."""
+    import pandas as pd
+
+    from . import sweep, toolchain
+
+    for name in tritons:
+        toolchain.find(name)
+    return pd.concat(
+        [
+            sweep.run(questions, store, full=full, jobs=jobs, triton=name)
+            for name in tritons or (None,)
+        ],
+        ignore_index=True,
+    )
 
 
 def _show(rows: pd.DataFrame) -> None:
@@ -130,13 +181,77 @@ def _show(rows: pd.DataFrame) -> None:
         problem = ["model", "layer", "tp", "m", "x_format", "y_format", "scale_layout"]
         varying = [name for name in problem if rows[name].nunique() > 1]
         shown = [*tables.TILING, "num_stages", tables.ASYNC_COPY]
-        answer = ["lds_bytes", "lds_limit", "status", "registers", "spilled_registers"]
+        answer = ["lds_bytes", "lds_limit", "status", *tables.RESOURCES]
         table = rows[[*shown, *varying, *answer]].dropna(axis="columns", how="all")
-        click.echo(table.to_string(index=False, na_rep="-"))
+        _print(table)
+    _remarks(rows)
+
+
+def _print(table: pd.DataFrame) -> None:
+    # pandas prints <NA> of nullable types whatever `na_rep` says.
+    click.echo(table.astype(object).where(table.notna(), "-").to_string(index=False))
+
+
+def _remarks(rows: pd.DataFrame) -> None:
+    """Say on stderr what a table has no room for."""
     if (rows["mode"] != rows["method"].replace("allocation", "lds")).any():
         click.echo("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
-    for reason in rows.loc[rows["status"] == "compile_error", "reason"].unique()[:3]:
+    failed = rows[~rows["status"].isin(["ok", "out_of_lds", "out_of_tmem"])]
+    for reason in failed["reason"].unique()[:3]:
         click.echo(f"\n{reason}", err=True)
+
+
+@app.command()
+@click.argument("kernel", metavar="FILE.py:KERNEL")
+@click.argument("launch", metavar="LAUNCH.json", type=click.Path(path_type=Path))
+@click.option("--target", required=True, help="Targets, comma-separated; see `moelab targets`.")
+@click.option("--stages", help="Stage counts; if not given, the launch's or Triton's default.")
+@click.option("--warps", help="Warps per workgroup; likewise.")
+@click.option("--async-copy", default="default", help="on, off, both, or as the compiler has it.")
+@_full
+@_triton
+@_store
+@_jobs
+@_as_json
+def lds(
+    kernel: str,
+    launch: Path,
+    target: str,
+    stages: str | None,
+    warps: str | None,
+    async_copy: str,
+    full: bool,
+    tritons: tuple[str, ...],
+    store: Path,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Tell the exact LDS of anybody's kernel, without a GPU.
+
+    KERNEL is a triton.jit function, autotuned or not, in a file or as package.module:KERNEL.
+    LAUNCH.json gives every parameter a type or a constant:
+
+    \b
+      {"args": {"x_ptr": "*fp8e4nv:16", "k": "i32:16", "BLOCK_K": 128},
+       "options": {"num_warps": 8, "waves_per_eu": 1}}
+
+    \b
+    Example:
+      moelab lds examples/softmax.py:softmax_kernel examples/softmax.json \\
+        --target gfx950,sm_90 --stages 1,2,3 --warps 4,8
+    """
+    from . import plan, tables
+
+    with _wrong_use():
+        questions = plan.launches(
+            kernel, launch, targets=target, stages=stages, warps=warps, async_copy=async_copy
+        )
+        rows = _asked(questions, tritons, store, full, jobs)
+    if as_json:
+        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+    else:
+        _print(tables.of_launches(rows))
+        _remarks(rows)
 
 
 @app.command()
@@ -174,6 +289,60 @@ def _value(text: str) -> Any:
         except ValueError:
             pass
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+@app.group("toolchain")
+def toolchain_() -> None:
+    """Keep several Tritons side by side, away from the environment."""
+
+
+@toolchain_.command()
+@click.argument("versions", nargs=-1, required=True)
+def install(versions: tuple[str, ...]) -> None:
+    """Install Tritons, each in a folder of its own.
+
+    \b
+    Example:
+      moelab toolchain install 3.7.1
+    """
+    from . import toolchain
+
+    for version in versions:
+        with _wrong_use():
+            chosen = toolchain.install(version)
+        click.echo(f"triton {version}: {chosen.folder}")
+
+
+@toolchain_.command()
+@click.argument("version")
+def remove(version: str) -> None:
+    """Delete an installed Triton.
+
+    \b
+    Example:
+      moelab toolchain remove 3.7.1
+    """
+    from . import toolchain
+
+    with _wrong_use():
+        click.echo(f"deleted {toolchain.remove(version)}")
+
+
+@toolchain_.command("list")
+@_as_json
+def list_(as_json: bool) -> None:
+    """List the Tritons that --triton takes by version.
+
+    \b
+    Example:
+      moelab toolchain list
+    """
+    from . import toolchain
+
+    for each in (toolchain.find(), *toolchain.installed()):
+        where = str(each.folder or "this environment")
+        found = {"triton": each.name, "python": each.python, "where": where}
+        click.echo(json.dumps(found) if as_json else f"{each.name:<10} {where}")
 
 
 @app.command()

@@ -18,7 +18,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -179,10 +179,7 @@ def specialize_source(
     backend, bind = _binder(source.fn, target.name)
     # JITFunction.run adds the debug knob to every launch.
     given = {**source.args, **options, "debug": False}
-    with warnings.catch_warnings():
-        # 3.9 announces that 3.10 will stop fusing by default; launches hear it, and so
-        # need not each sweep.
-        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    with _without_announcements():
         bound, specialization, excess = bind(**given)
         parsed, signature, constants, attributes = source.fn._pack_args(
             backend, given, bound, specialization, excess
@@ -210,10 +207,8 @@ def specialize_types(
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    backend, _ = _binder(fn, target.name)
-    launches.unknown(
-        "options", set(options) - set(default_options(target)), default_options(target)
-    )
+    backend = _backend(target.name)
+    _check_options(options, target)
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
@@ -233,16 +228,48 @@ def specialize_types(
 
     types = {p.name: signature((i,), arguments[p.name]) for i, p in enumerate(fn.params)}
     ast = ASTSource(fn, types, constants, {path: said for path, said in attributes.items() if said})
-    with _compile_errors():
+    with _compile_errors(), _without_announcements():
         parsed = backend.parse_options(options)
     return _launch(ast, parsed, backend, target, async_copy)
 
 
+def _check_options(options: Collection[str], target: Target) -> None:
+    """Tell options that no backend has, the user's mistake, from those that this one lacks."""
+    lacking = set(options) - set(default_options(target))
+    others = {name for other in targets.TARGETS.values() for name in default_options(other)}
+    launches.unknown("options", lacking - others, sorted(default_options(target)))
+    if lacking:
+        raise CompileError(
+            f"the {target.backend} backend has no option {', '.join(sorted(lacking))}"
+        )
+
+
 def default_options(target: Target) -> dict[str, Any]:
     """Give every launch option that a backend has, with its default."""
+    return dict(_default_options(target.name))
+
+
+@functools.cache
+def _default_options(target: str) -> dict[str, Any]:
+    backend = _backend(target)
+    with _without_announcements():
+        return dict(backend.parse_options({}).__dict__)
+
+
+@functools.cache
+def _backend(target: str) -> Any:
     from triton.compiler.compiler import make_backend
 
-    return dict(make_backend(gpu_target(target)).parse_options({}).__dict__)
+    return make_backend(gpu_target(targets.get(target)))
+
+
+@contextlib.contextmanager
+def _without_announcements() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # 3.9 announces that 3.10 will stop fusing by default; launches hear it, and so
+        # need not each sweep.
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        yield
 
 
 def _launch(ast: Any, parsed: Any, backend: Any, target: Target, async_copy: AsyncCopy) -> Launch:
@@ -271,10 +298,9 @@ def _digest(identity: Sequence[Any]) -> str:
 @functools.cache
 def _binder(fn: Any, target: str) -> tuple[Any, Any]:
     """Make the backend and the function that binds a launch's arguments."""
-    from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(gpu_target(targets.get(target)))
+    backend = _backend(target)
     return backend, create_function_from_signature(fn.signature, fn.params, backend)
 
 
@@ -308,9 +334,7 @@ def is_checked(target: Target) -> bool:
 @functools.cache
 def lowering_fingerprint(target: str) -> str:
     """Fingerprint the code of a target's backend's `make_ttir` and `make_llir`."""
-    from triton.compiler.compiler import make_backend
-
-    backend = make_backend(gpu_target(targets.get(target)))
+    backend = _backend(target)
     code = inspect.getsource(backend.make_ttir) + inspect.getsource(backend.make_llir)
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 

@@ -210,14 +210,37 @@ def load(kernel: str) -> Any:
     return found
 
 
-def autotuned(kernel: str) -> list[Any]:
-    """List the ``triton.Config`` that ``triton.autotune`` gave a kernel; none without it."""
+@dataclass(frozen=True)
+class Tuned:
+    """What one ``triton.Config`` adds to a launch, as a LAUNCH.json says it."""
+
+    args: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+def configurations(kernel: str, args: Mapping[str, Any]) -> list[Tuned]:
+    """List what ``triton.autotune`` would try for a launch; one that adds nothing without it.
+
+    Nothing is added either where ``args`` has all that it sets.
+    """
+    parameters = {parameter.name for parameter in load(kernel).params}
     found = _decorated(kernel)
-    while not hasattr(found, "params"):
-        if hasattr(found, "configs"):
-            return list(found.configs)
+    while not hasattr(found, "configs") and not hasattr(found, "params"):
         found = found.fn
-    return []
+    tuned = []
+    for config in getattr(found, "configs", ()):
+        given = config.all_kwargs()
+        own = {name: _constant(value) for name, value in given.items() if name in parameters}
+        if set(own) <= set(args):
+            return [Tuned({}, {})]
+        # num_ctas 1 is no choice: every backend's default.
+        others = {n: v for n, v in given.items() if n not in own and (n, v) != ("num_ctas", 1)}
+        tuned.append(Tuned(own, others))
+    return tuned or [Tuned({}, {})]
+
+
+def _constant(value: Any) -> Any:
+    return {"const": value} if isinstance(value, str) else value
 
 
 @functools.cache

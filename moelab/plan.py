@@ -8,13 +8,25 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from . import launches as launches_
 from . import problems
 from .kernels import KERNELS
 from .parameters import ParameterError, as_list
-from .specs import SCALE_LAYOUTS, X_FORMATS, Y_FORMATS, AsyncCopy, Configuration, Target, Tile
+from .specs import (
+    SCALE_LAYOUTS,
+    X_FORMATS,
+    Y_FORMATS,
+    AsyncCopy,
+    Configuration,
+    KernelLaunch,
+    Target,
+    Tile,
+)
 from .targets import TARGETS
 
 ASYNC_COPY: dict[str, tuple[AsyncCopy, ...]] = {
@@ -108,6 +120,56 @@ def grid(
 
 
 PARAMETERS = tuple(inspect.signature(grid).parameters)
+
+
+def launches(
+    kernel: str,
+    launch: Path,
+    *,
+    targets: object,
+    stages: object = None,
+    warps: object = None,
+    async_copy: str = "default",
+) -> list[KernelLaunch]:
+    """Expand a grid over anybody's kernel; lists as in `grid`.
+
+    Where ``triton.autotune`` sets what the launch leaves out, each of its configurations
+    is asked.
+
+    Args:
+        kernel: ``FILE.py:KERNEL`` or ``package.module:KERNEL``.
+        launch: a LAUNCH.json, as `moelab.launches` describes it.
+        stages, warps: None means the launch's, the autotuner's, or Triton's default.
+    Raises:
+        LaunchError: the launch can't be read or does not describe the kernel.
+        ParameterError: a value is not one of the right ones; the message lists them.
+    """
+    from . import compiler
+
+    args, options = launches_.read(launch)
+    fn = launches_.load(kernel)
+    found = []
+    for tuned in launches_.configurations(kernel, args):
+        chosen = {**args, **tuned.args}
+        launches_.bind(fn, chosen)
+        for target in _names("targets", targets, TARGETS):
+            own = {**compiler.default_options(TARGETS[target]), **tuned.options, **options}
+            schedule = ("num_warps", "num_stages")
+            others = {n: v for n, v in {**tuned.options, **options}.items() if n not in schedule}
+            found += [
+                KernelLaunch(
+                    kernel, _json(chosen), _json(others), num_warps, num_stages, switch, target
+                )
+                for num_warps in _integers("warps", warps or own["num_warps"], WARPS)
+                for num_stages in _integers("stages", stages or own["num_stages"])
+                for switch in _switches(async_copy, TARGETS[target])
+            ]
+    # Configurations of an autotuner become alike where stages or warps are given.
+    return list(dict.fromkeys(found))
+
+
+def _json(of: Mapping[str, object]) -> str:
+    return json.dumps(of, sort_keys=True, separators=(",", ":"))
 
 
 def aiter_tests(target: str = "gfx950") -> list[Configuration]:

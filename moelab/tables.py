@@ -5,6 +5,7 @@ Frames in, frames out; no compiler, no GPU.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ TILING = ["kernel", "target", "triton", "tile", "num_warps"]
 
 ASYNC_COPY = "async copy"
 
+# What a full compile adds that a reader looks at first.
+RESOURCES = ["registers", "spilled_registers", "workgroups_per_cu"]
+
 
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that people read: ``tile`` as `Tile.parse` does, async copy in words."""
@@ -31,6 +35,23 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
         tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"] + shared,
         **{ASYNC_COPY: words.astype("string")},
     )
+
+
+def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tell what was asked of anybody's kernel and the answer, as far as it varies or matters.
+
+    Args:
+        rows: of `plan.launches`.
+    """
+    import pandas as pd
+
+    rows = labelled(rows)
+    said = rows[["args", "options"]].map(lambda text: json.loads(text or "{}"))
+    own = pd.DataFrame([args | options for args, options in said.to_numpy()], index=rows.index)
+    varying = own[[name for name in own if own[name].map(json.dumps).nunique() > 1]]
+    asked = ["target", "triton", "num_warps", "num_stages", ASYNC_COPY]
+    answer = ["lds_bytes", "lds_limit", "status", *RESOURCES]
+    return varying.join(rows[[*asked, *answer]]).dropna(axis="columns", how="all")
 
 
 def shown(table: pd.DataFrame) -> HTML:
