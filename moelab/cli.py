@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,6 @@ from . import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from .specs import Question
 
 # Rows that are still read as a table; more are counted.
 _READABLE_ROWS = 60
@@ -106,6 +104,7 @@ def sweep(
         --warps 8 --stages 1,2 --async-copy both
     """
     from . import plan, records
+    from . import sweep as sweep_
 
     with _wrong_use():
         configurations = plan.grid(
@@ -123,7 +122,7 @@ def sweep(
             y_format=y_format,
             scale_layout=scale_layout,
         )
-        rows = _asked(configurations, tritons, store, full, jobs)
+        rows = sweep_.each(configurations, store, tritons, full=full, jobs=jobs)
         if export is not None:
             records.export(rows, export)
     if as_json:
@@ -145,29 +144,6 @@ def _wrong_use() -> Iterator[None]:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError, ToolchainError) as error:
         raise click.ClickException(str(error)) from None
-
-
-def _asked(
-    questions: Sequence[Question],
-    tritons: tuple[str, ...],
-    store: Path,
-    full: bool,
-    jobs: int | None,
-) -> pd.DataFrame:
-    """Ask each Triton; check that all are there before any compiles."""
-    import pandas as pd
-
-    from . import sweep, toolchain
-
-    for name in tritons:
-        toolchain.find(name)
-    return pd.concat(
-        [
-            sweep.run(questions, store, full=full, jobs=jobs, triton=name)
-            for name in tritons or (None,)
-        ],
-        ignore_index=True,
-    )
 
 
 def _show(rows: pd.DataFrame) -> None:
@@ -241,12 +217,13 @@ def lds(
         --target gfx950,sm_90 --stages 1,2,3 --warps 4,8
     """
     from . import plan, tables
+    from . import sweep as sweep_
 
     with _wrong_use():
         questions = plan.launches(
             kernel, launch, targets=target, stages=stages, warps=warps, async_copy=async_copy
         )
-        rows = _asked(questions, tritons, store, full, jobs)
+        rows = sweep_.each(questions, store, tritons, full=full, jobs=jobs)
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:

@@ -80,6 +80,28 @@ def run(
     return records.frame(_answered_by(chosen, questions, store, options))
 
 
+def each(
+    questions: Sequence[Question], store: Path | str, tritons: Sequence[str | None], **options: Any
+) -> pd.DataFrame:
+    """Ask several Tritons one after the other; see `run`.
+
+    Args:
+        tritons: as `toolchain.find` names them; none is this process's.
+    Returns:
+        the rows of each, in order.
+    Raises:
+        ToolchainError: one is not there; then nothing is asked.
+    """
+    import pandas as pd
+
+    for name in tritons:
+        toolchain.find(name)
+    chosen = tritons or [None]
+    return pd.concat(
+        [run(questions, store, triton=name, **options) for name in chosen], ignore_index=True
+    )
+
+
 def _answered_by(
     chosen: toolchain.Toolchain,
     questions: Sequence[Question],
