@@ -238,7 +238,7 @@ def _comma_separated(_context: Any, _parameter: Any, text: str | None) -> list[s
     "format_",
     required=True,
     type=click.Choice(["vllm", "sglang", "aiter"]),
-    help="Whose.",
+    help="Who loads them.",
 )
 @click.option("--target", required=True, help="One target; see `moelab targets`.")
 @click.option(

@@ -71,7 +71,7 @@ _AITER_NAMES = {
     "moe_gemm_a8w8": "A8W8",
     "moe_gemm_a8w8_blockscale": "A8W8_BLOCKSCALE",
 }
-# Of its fused MoE; one file for both kinds of fp8 scales, which it can't tell apart.
+# What its fused MoE calls them.
 _AITER_FUSED = {"moe_gemm_a8w8": "FP8_W8A8", "moe_gemm_a4w4": "MX_FP4"}
 _AITER_BUCKETS = {"small_M": (0, 256), "medium_M": (256, 1024), "large_M": (1024, 1 << 62)}
 
@@ -125,20 +125,18 @@ def select(rows: pd.DataFrame, format: str, target: str, **wanted: Collection[st
     if kept.empty:
         there = _listed(rows["target"]) or "none at all"
         raise ExportError(f"no rows of a model's layers on {target}; those there are on: {there}")
-    of_kernels = kept[kept["kernel"].isin(list(kernels))]
-    if of_kernels.empty:
+    there = _listed(kept["kernel"])
+    kept = kept[kept["kernel"].isin(list(kernels))]
+    if kept.empty:
         raise ExportError(
-            f"{format} has no place for {_listed(kept['kernel'])}, which the rows on {target} "
-            f"are of; it takes {', '.join(kernels)}"
+            f"{format} has no place for {there}, which the rows on {target} are of; "
+            f"it takes {', '.join(kernels)}"
         )
-    kept = of_kernels
     for column, values in wanted.items():
-        of_values = kept[_words(kept[column]).isin(list(values))]
-        if of_values.empty:
-            raise ExportError(
-                f"no rows with {column} {', '.join(values)}; there are {_listed(kept[column])}"
-            )
-        kept = of_values
+        there = _listed(kept[column])
+        kept = kept[_words(kept[column]).isin(list(values))]
+        if kept.empty:
+            raise ExportError(f"no rows with {column} {', '.join(values)}; there are {there}")
     for column in _ONE_OF:
         if kept[column].nunique(dropna=False) > 1:
             raise ExportError(
@@ -218,7 +216,8 @@ def vllm(rows: pd.DataFrame, device_name: str | None = None) -> list[File]:
     number of tokens, and launches the nearest one's value, all keys of it, for both layers
     (vllm 13cb3e4437, fused_moe.py ``get_config_file_name``, ``get_moe_configs``,
     ``invoke_fused_moe_triton_kernel``). So an entry is a configuration that was compiled
-    for both layers of every problem it serves, and fits them all.
+    for both layers of every problem it serves, and fits them all. Fewer tokens than any key
+    take the least one's value: sweep those that are served too.
 
     Args:
         rows: as `select` leaves them.
@@ -241,7 +240,7 @@ def vllm(rows: pd.DataFrame, device_name: str | None = None) -> list[File]:
                 continue
             body[str(m)] = _entry(chosen)
             file.entries[str(m)] = _origin(chosen)
-        files.append(_filled(file, body))
+        files.append(_filled(file, _json(body)))
     return files
 
 
@@ -254,12 +253,13 @@ def sglang(rows: pd.DataFrame, device_name: str | None = None) -> list[File]:
     file takes the newest folder that has it, for which every folder's name must be numbers
     (sglang 0.5.23, moe_runner/triton_utils/fused_moe_triton_config.py
     ``get_config_file_name``, ``get_moe_configs``, ``try_get_optimal_moe_config``). So both
-    files have the same keys, and the same BLOCK_SIZE_M under each.
+    files have the same keys, and the same BLOCK_SIZE_M under each. The folder takes the
+    place of SGLang's own, with all of its files.
 
     Args and errors are `vllm`'s.
     """
     device = _device_name(rows, device_name)
-    # Of 3.6.0+rocm7.0 what every Triton's lookup can read as numbers.
+    # 3.6.0 of 3.6.0+rocm7.0: a folder whose name is not numbers fails every lookup.
     version = re.sub(r"\.?[^\d.].*", "", rows["triton"].iloc[0])
     folder = Path("configs") / f"triton_{version.replace('.', '_')}"
     files = []
@@ -276,12 +276,15 @@ def sglang(rows: pd.DataFrame, device_name: str | None = None) -> list[File]:
                 continue
             up_body[str(m)], down_body[str(m)] = _entry(above), _entry(below)
             up.entries[str(m)], down.entries[str(m)] = _origin(above), _origin(below)
-        files += [_filled(up, up_body), _filled(down, down_body)]
+        files += [_filled(up, _json(up_body)), _filled(down, _json(down_body))]
     return files
 
 
 def aiter(rows: pd.DataFrame) -> list[File]:
     """Spell choices as aiter reads them below ``AITER_TRITON_CONFIGS_PATH``.
+
+    That is ``aiter/ops/triton/configs``, in later versions wherever the environment says.
+    A file takes the place of aiter's own, with every entry that it had.
 
     - a8w4: ``moe/{arch}-A8W4.json``, a launch's ``bm{block_m}_n{N}_k{K}``, looked up
       exactly, N with gate and up (00c98a0544, moe_op_gemm_a8w4.py
@@ -289,9 +292,10 @@ def aiter(rows: pd.DataFrame) -> list[File]:
     - a8w8, a4w4: ``moe/{arch}-MOE-FP8_W8A8.json`` and ``-MOE-MX_FP4.json``, of its fused
       MoE, whatever the shape: ``small_M`` below 256 tokens, ``medium_M`` below 1024,
       ``large_M``. One that is missing is a KeyError, so all three or no file
-      (2038b2df47, moe_config_utils.py ``get_optimal_moe_config``).
+      (2038b2df47, moe_config_utils.py ``get_optimal_moe_config``). A file has no place for
+      the kind of fp8 scales: it is made of a8w8.
     - a4w4, a8w8, a8w8_blockscale: its grouped GEMMs choose in code
-      (``get_kernel_config``), so ``moe/{arch}-{name}.md`` is a table to put in by hand.
+      (``get_kernel_config``), so ``moe/{arch}-{name}.md`` is a table for who edits it.
 
     Args:
         rows: as `select` leaves them.
@@ -309,63 +313,58 @@ def aiter(rows: pd.DataFrame) -> list[File]:
                 f"aiter's {name} on gfx1250 is a Gluon kernel, whose table has other keys: "
                 "give another --kernel or --target"
             )
-        if name == "A8W4":
-            files.append(_aiter_launches(of_kernel))
-        else:
-            files.append(_aiter_table(of_kernel, name))
+        files.append(_aiter_launches(of_kernel, target.name, name))
         if kernel in _AITER_FUSED:
-            files += _aiter_buckets(of_kernel, _AITER_FUSED[kernel])
+            buckets = _aiter_buckets(of_kernel, target.name, _AITER_FUSED[kernel])
+            if missing := ", ".join(buckets.left_out):
+                files[-1].left_out[buckets.path.name] = f"no fit, or no rows, for {missing}"
+            else:
+                files.append(buckets)
     return files
 
 
-def _launches(rows: pd.DataFrame) -> Iterator[tuple[tuple[int, int, int], pd.DataFrame]]:
-    """Choose for each launch that aiter tells apart: (block_m, N, K)."""
-    for launch, of_launch in rows.groupby(["block_m", "n", "k"]):
-        yield launch, choose(of_launch)
-
-
-def _aiter_launches(rows: pd.DataFrame) -> File:
-    file = File(Path("moe") / f"{rows['target'].iloc[0]}-A8W4.json")
+def _aiter_launches(rows: pd.DataFrame, arch: str, name: str) -> File:
+    """Choose for each launch that aiter tells apart: for its loader, or for a reader."""
+    loaded = name == "A8W4"
+    file = File(Path("moe") / f"{arch}-{name}{'.json' if loaded else '.md'}")
     body = {}
-    for (block_m, n, k), chosen in _launches(rows):
+    for (block_m, n, k), of_launch in rows.groupby(["block_m", "n", "k"]):
         key = f"bm{block_m}_n{n}_k{k}"
+        chosen = choose(of_launch)
         if chosen.empty:
             file.left_out[key] = "no configuration fits"
             continue
-        body[key] = _entry(chosen)
-        # The routing decides these two, not the table.
-        del body[key]["BLOCK_SIZE_M"], body[key]["GROUP_SIZE_M"]
         file.entries[key] = _origin(chosen)
-    return _filled(file, body)
+        entry = _entry(chosen)
+        # These two are not the table's: the routing gives one, the launcher the other.
+        del entry["BLOCK_SIZE_M"], entry["GROUP_SIZE_M"]
+        body[key] = entry if loaded else {"block_m": block_m, "N": n, "K": k, **entry}
+    return _filled(file, _json(body) if loaded else _table(body.values()))
 
 
-def _aiter_table(rows: pd.DataFrame, name: str) -> File:
-    file = File(Path("moe") / f"{rows['target'].iloc[0]}-{name}.md")
-    columns = ["block_m", "N", "K", "block_n", "block_k", "num_warps", "num_stages", "LDS (bytes)"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---:|" * len(columns)]
-    for (block_m, n, k), chosen in _launches(rows):
-        key = f"bm{block_m}_n{n}_k{k}"
-        if chosen.empty:
-            file.left_out[key] = "no configuration fits"
-            continue
-        tile = chosen.iloc[0][["block_n", "block_k", "num_warps", "num_stages"]]
-        cells = [block_m, n, k, *tile, f"{chosen['lds_bytes'].max():,}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-        file.entries[key] = _origin(chosen)
-    file.text = "\n".join(lines) + "\n"
-    return file
-
-
-def _aiter_buckets(rows: pd.DataFrame, name: str) -> list[File]:
-    file = File(Path("moe") / f"{rows['target'].iloc[0]}-MOE-{name}.json")
+def _aiter_buckets(rows: pd.DataFrame, arch: str, name: str) -> File:
+    file = File(Path("moe") / f"{arch}-MOE-{name}.json")
     body = {}
     for bucket, (least, below) in _AITER_BUCKETS.items():
         chosen = choose(rows[(rows["m"] >= least) & (rows["m"] < below)])
         if chosen.empty:
-            return []
-        body[bucket] = _entry(chosen)
+            file.left_out[bucket] = "no configuration fits"
+            continue
         file.entries[bucket] = _origin(chosen)
-    return [_filled(file, body)]
+        body[bucket] = _entry(chosen)
+    file.text = _json(body)
+    return file
+
+
+def _table(lines: Collection[dict[str, int]]) -> str:
+    """Spell lines that have the same columns in Markdown."""
+    columns = list(next(iter(lines), {}))
+    cells = [columns, ["---:"] * len(columns), *(map(str, line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def _json(body: dict[str, Any]) -> str:
+    return json.dumps(body, indent=4, default=int) + "\n"
 
 
 def _by_shape(rows: pd.DataFrame, device: str) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -385,7 +384,7 @@ def _device_name(rows: pd.DataFrame, given: str | None) -> str:
             f"no device name is known for {target}; give --device-name, which is what "
             "torch.cuda.get_device_name() says there"
         )
-    return (given or DEVICE_NAMES[target]).replace(" ", "_")
+    return re.sub(r"[\s/]+", "_", given or DEVICE_NAMES[target])
 
 
 def _entry(chosen: pd.DataFrame) -> dict[str, int]:
@@ -416,16 +415,20 @@ def _origin(chosen: pd.DataFrame) -> dict[str, Any]:
         f"{column}s" if column in ("model", "layer") else column: sorted(chosen[column].unique())
         for column in _PROBLEM
     }
-    return {**compiled, "lds_bytes": chosen["lds_bytes"].max()}
+    return {
+        "kernel": chosen["kernel"].iloc[0],
+        **compiled,
+        "lds_bytes": chosen["lds_bytes"].max(),
+    }
 
 
-def _filled(file: File, body: dict[str, Any]) -> File:
+def _filled(file: File, text: str) -> File:
     if not file.entries:
         raise ExportError(
             f"nothing to put in {file.path.name}: {next(iter(file.left_out.values()))}; "
             "sweep with --layer all, and with a tile and stages that fit"
         )
-    file.text = json.dumps(body, indent=4) + "\n"
+    file.text = text
     return file
 
 
@@ -463,9 +466,7 @@ def write(
             "left_out": file.left_out,
         }
         texts[path] = file.text
-        texts[path.with_suffix(".provenance.json")] = (
-            json.dumps(provenance, indent=4, default=int) + "\n"
-        )
+        texts[path.with_suffix(".provenance.json")] = _json(provenance)
     different = [path for path, text in texts.items() if _differs(path, text)]
     if different and not force:
         names = "\n  ".join(map(str, different))
