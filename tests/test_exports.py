@@ -95,6 +95,14 @@ def test_without_the_published_tile_more_stages_come_first_then_the_larger_tile(
     assert chosen(row(stages=2, tile=small), row(stages=2, tile=large))[1] == 128
 
 
+def test_of_equal_tiles_the_one_with_the_least_lds_is_chosen():
+    tile = Tile(32, 128, 128)
+    warps = [row(tile=tile, num_warps=count, lds_bytes=lds) for count, lds in ((2, 9), (4, 8))]
+    assert chosen(*warps)[-2] == chosen(*reversed(warps))[-2] == 4
+    warps = [one | {"lds_bytes": 17 - one["lds_bytes"]} for one in warps]
+    assert chosen(*warps)[-2] == chosen(*reversed(warps))[-2] == 2
+
+
 def test_what_serves_more_problems_comes_before_what_is_published_for_one():
     tile = Tile(32, 128, 128)
     rows = [row(512), *(row(m, tile=tile) for m in (512, 1536))]
@@ -239,8 +247,9 @@ def test_a_launch_that_never_fits_is_left_out():
     assert list(file.left_out) == ["bm16_n2880_k2880"]
 
 
-def test_aiters_fused_moe_needs_all_three_numbers_of_tokens():
-    table, buckets = exports.aiter(frame(row(64, 3), row(255, 3), row(256, 2), row(1024, 1)))
+@pytest.mark.parametrize("medium", [256, 1023])
+def test_aiters_fused_moe_needs_all_three_numbers_of_tokens(medium):
+    table, buckets = exports.aiter(frame(row(255, 3), row(medium, 2), row(1024, 1)))
     assert str(buckets.path) == "moe/gfx950-MOE-FP8_W8A8.json"
     stages = {name: entry["num_stages"] for name, entry in json.loads(buckets.text).items()}
     assert stages == {"small_M": 3, "medium_M": 2, "large_M": 1}
