@@ -372,3 +372,71 @@ def _lines(found: Mapping[str, Any], indent: str = "") -> str:
             shown = "not installed" if value is None and indent else value
             lines.append(f"{indent}{name:<{20 - len(indent)}} {shown}")
     return "\n".join(lines)
+
+
+def _comma_separated(_context: Any, _parameter: Any, text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+@app.command()
+@click.option(
+    "--format",
+    "format_",
+    required=True,
+    type=click.Choice(["vllm", "sglang", "aiter"]),
+    help="Who loads them.",
+)
+@click.option("--target", required=True, help="One target; see `moelab targets`.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the files; made if missing.",
+)
+@click.option("--rows", "source", default="rows", help="A sweep's store, or its .parquet.")
+@click.option("--kernel", callback=_comma_separated, help="Kernels; if not given, all it takes.")
+@click.option("--model", callback=_comma_separated, help="Models; if not given, all in the rows.")
+@click.option("--tp", callback=_comma_separated, help="Tensor parallelism; if not given, every.")
+@click.option("--triton", callback=_comma_separated, help="Which Triton's rows.")
+@click.option("--async-copy", callback=_comma_separated, help="Which rows: on or off.")
+@click.option("--x-format", callback=_comma_separated, help="Which rows; none: as the kernel has.")
+@click.option("--y-format", callback=_comma_separated, help="Which rows.")
+@click.option("--scale-layout", callback=_comma_separated, help="Which rows.")
+@click.option("--device-name", help="As the engine calls the GPU; if not given, the target's.")
+@click.option("--force", is_flag=True, help="Replace files that differ.")
+def export(
+    format_: str,
+    target: str,
+    out: Path,
+    source: str,
+    device_name: str | None,
+    force: bool,
+    **wanted: list[str],
+) -> None:
+    """Write the configurations chosen from a sweep as files that an engine loads.
+
+    \b
+    Example:
+      moelab export --format vllm --target gfx950 --rows rows --out configs
+    """
+    from . import exports, records, targets
+
+    try:
+        targets.get(target)
+        rows = exports.select(
+            records.read(source),
+            format_,
+            target,
+            **{column: values for column, values in wanted.items() if values},
+        )
+        files = exports.spell(format_, rows, device_name)
+        paths = exports.write(files, rows, out, source=source, force=force)
+    except (ValueError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+    for file, path in zip(files, paths, strict=True):
+        click.echo(path)
+        if file.left_out:
+            reasons = ", ".join(dict.fromkeys(file.left_out.values()))
+            click.echo(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)

@@ -120,7 +120,8 @@ def test_importing_moelab_loads_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "records", "tables", "plots", "targets", "problems", "plan", "report"]
+    "module",
+    ["cli", "records", "tables", "plots", "targets", "problems", "plan", "report", "exports"],
 )
 def test_reading_and_planning_load_neither_torch_nor_triton(module):
     assert {"torch", "triton"} & loaded(f"moelab.{module}") == set()
