@@ -144,15 +144,15 @@ def _nvidia(of: Operands, target: targets.Target, async_copy: bool | None) -> bo
 ESTIMATES = (
     Estimate(
         "aiter, tritonBLAS: padded",
-        "ROCm/aiter#3372, aiter/ops/triton/utils/gemm_config_utils.py with use_async_padding; "
-        "ROCm/tritonBLAS#72",
+        "ROCm/aiter#3372, pick_gemm_num_stages with use_async_padding, which asks about 2 stages "
+        "alone; ROCm/tritonBLAS#72, about any",
         "stages x (padded A + padded B)",
         _padded_tiles,
         _amd_with_async_copy,
     ),
     Estimate(
         "tritonBLAS: no async copy",
-        "ROCm/tritonBLAS, estimate_triton_lds_bytes of include/tritonblas/origami.py; "
+        "ROCm/tritonBLAS#87 and ROCm/rocm-libraries#6604, estimate_triton_lds_bytes; "
         "ROCm/aiter#3372 without use_async_padding",
         "(stages - 1) x (A + B), the larger of both for one stage",
         _one_less_or_largest,
@@ -192,7 +192,7 @@ ESTIMATES = (
 )
 
 RIGHT, REJECTS, ADMITS = "right", "wrongly rejects", "wrongly admits"
-VERDICTS = (RIGHT, REJECTS, ADMITS)
+VERDICTS = (REJECTS, ADMITS, RIGHT)
 SPOKEN_OF = "spoken of"
 ESTIMATED, COMPILED = "estimated (bytes)", "compiled (bytes)"
 DIFFERENCE = "difference (bytes)"
@@ -305,9 +305,9 @@ def mistakes(judged: pd.DataFrame, most: int | None = None) -> pd.DataFrame:
     wrong = wrong.loc[furthest].sort_values(["estimate", "verdict"], key=_in_order, kind="stable")
     if most is not None:
         wrong = wrong.groupby(["estimate", "verdict"], sort=False).head(most)
-    return wrong[
-        ["estimate", "verdict", *_CONFIGURATION, ESTIMATED, COMPILED, DIFFERENCE, LIMIT]
-    ].reset_index(drop=True)
+    columns = ["estimate", "verdict", "kernel", "target", "tile", "num_stages"]
+    columns += [ESTIMATED, COMPILED, DIFFERENCE, LIMIT, "num_warps", tables.ASYNC_COPY]
+    return wrong[columns].reset_index(drop=True)
 
 
 def formulas() -> pd.DataFrame:

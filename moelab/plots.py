@@ -299,7 +299,7 @@ def verdicts(judged: pd.DataFrame) -> Figure:
             count = counts.get(verdict, 0)
             axis.barh(y, count * share, left=left, color=colour, height=0.7)
             left += count * share
-        rejected, admitted = (counts.get(of, 0) for of in estimates.VERDICTS[1:])
+        rejected, admitted = counts.get(estimates.REJECTS, 0), counts.get(estimates.ADMITS, 0)
         axis.annotate(
             f"{rejected} rejected, {admitted} admitted of {counts.sum()}",
             (100, y),

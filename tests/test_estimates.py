@@ -85,6 +85,11 @@ def test_without_async_copy_one_stage_holds_the_larger_tile(num_stages, expected
     assert lds_bytes(UNPIPELINED, Operands(16, 16), "128x128x32", num_stages) == expected
 
 
+@pytest.mark.parametrize(("num_stages", "expected"), [(2, 131072), (3, 262144)])
+def test_without_async_copy_further_stages_are_those_that_tritonblas_gives(num_stages, expected):
+    assert lds_bytes(UNPIPELINED, Operands(16, 16), "256x256x128", num_stages) == expected
+
+
 def test_without_async_copy_the_larger_tile_may_be_either():
     assert lds_bytes(UNPIPELINED, FP8, "128x64x64", 1) == 128 * 64
     assert lds_bytes(UNPIPELINED, FP8, "64x128x64", 1) == 128 * 64
