@@ -258,3 +258,64 @@ def _integers(parameter: str, value: object, right: Collection[int] = ()) -> lis
     if not numbers:
         raise ParameterError(f"{parameter} is empty; give for example {right or '1'}")
     return list(dict.fromkeys(numbers))
+
+
+MOE_GEMMS = tuple(kernel for kernel in KERNELS if kernel not in problems.DENSE)
+
+# A step along K must not span two of its scales.
+_MOST_BLOCK_K = {"moe_gemm_a8w8_blockscale": 128}
+# Elements of the largest block of the output that a published rule chooses.
+_MOST_ELEMENTS = 128 * 512
+
+
+def estimates_trial(
+    *,
+    kernels: object = MOE_GEMMS,
+    targets: object = ("gfx950", "gfx942", "sm_90"),
+    block_m: object = (16, 32, 64, 128, 256),
+    block_n: object = (64, 128, 256, 512),
+    block_k: object = (128, 256, 512),
+    stages: object = (1, 2, 3, 4),
+) -> list[Configuration]:
+    """Plan what published estimates are tried on: tiles around the published rules'.
+
+    Every kernel gets every block that it takes, up to the largest output block of a rule,
+    with the rules' warps: 4 where ``block_m`` is 16, else 8. Async copy is off and on where
+    the target has the switch.
+
+    Args:
+        kernels, targets, stages: as in `grid`; kernels are of `MOE_GEMMS`.
+        block_m, block_n, block_k: powers of two.
+    Raises:
+        ParameterError: a value is not one of the right ones, or nothing is left to ask.
+    """
+    configurations = []
+    blocks = list(
+        itertools.product(
+            _integers("block_m", block_m),
+            _integers("block_n", block_n),
+            _integers("block_k", block_k),
+        )
+    )
+    for kernel in _names("kernels", kernels, MOE_GEMMS):
+        most_k = _MOST_BLOCK_K.get(kernel)
+        for m, n, k in blocks:
+            if m * n > _MOST_ELEMENTS or (most_k and k > most_k):
+                continue
+            configurations += grid(
+                kernels=kernel,
+                targets=targets,
+                tiles=f"{m}x{n}x{k}",
+                warps=4 if m == 16 else 8,
+                stages=stages,
+                async_copy="both",
+            )
+    if not configurations:
+        raise ParameterError(
+            f"block_m, block_n, block_k: nothing is left of them; block_m x block_n is at most "
+            f"{_MOST_ELEMENTS:,} and moe_gemm_a8w8_blockscale takes a block_k of 128 or less"
+        )
+    return configurations
+
+
+ESTIMATES_TRIAL = tuple(inspect.signature(estimates_trial).parameters)

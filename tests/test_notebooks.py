@@ -2,6 +2,7 @@
 
 import ast
 import fcntl
+import html
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moelab import compiler, parameters, plan, problems, records, report, tables
+from moelab import compiler, estimates, parameters, plan, problems, records, report, tables
 from moelab.parameters import ParameterError
 from moelab.report import ReportError
 from moelab.targets import TARGETS
@@ -219,3 +220,38 @@ def test_plain_papermill_refuses_an_unknown_parameter(tmp_path):
     )
     assert process.returncode != 0
     assert "'stage' is not a parameter; did you mean 'stages'?" in process.stderr
+
+
+# The trial of estimates.
+
+TRIAL = FOLDER / "04_estimates_on_trial.ipynb"
+
+
+def test_the_trials_defaults_are_what_its_plan_asks_by_itself():
+    defaults = parameters.parameters_of(TRIAL)
+    given = {name: ast.literal_eval(defaults[name].default) for name in plan.ESTIMATES_TRIAL}
+    assert plan.estimates_trial(**given) == plan.estimates_trial()
+
+
+def test_the_trials_page_holds_every_estimate_and_what_the_rows_say_of_it(tmp_path):
+    given = {
+        "kernels": "moe_gemm_a8w4",
+        "targets": "gfx950",
+        "block_m": "32",
+        "block_n": "512",
+        "block_k": "256",
+        "stages": "2",
+        "store": str(tmp_path / "rows"),
+    }
+    page = report.render(TRIAL, given, tmp_path, progress=False).read_text()
+    assert "Traceback" not in page
+    assert page.count("<img") == 2
+    rows = records.read(tmp_path / "rows")
+    assert len(rows) == 2
+    judged = estimates.judge(rows)
+    for wrong in estimates.mistakes(judged).to_dict("records"):
+        assert f"{wrong[estimates.ESTIMATED]:,}" in page
+        assert f"{wrong[estimates.COMPILED]:,}" in page
+    plain = re.sub(r"<[^>]+>", "", page)
+    for sentence in estimates.conclusion(judged).splitlines():
+        assert html.escape(re.sub(r"^- |\*\*", "", sentence), quote=False) in plain

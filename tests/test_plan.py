@@ -311,3 +311,45 @@ def test_the_settings_are_two_stages_and_one_where_a_policy_made_it_so():
             "fused_gemm_afp4wfp4_a16w16": m == 64 or m > 256,
         }.get(kernel, True)
         assert settings == (two | {(1, True)} if became_one else two)
+
+
+# What published estimates are tried on.
+
+
+def test_estimates_are_tried_on_each_moe_gemm_each_setting_and_each_stage_count():
+    asked = plan.estimates_trial()
+    assert len(asked) == len(set(asked))
+    assert {c.kernel for c in asked} == set(KERNELS) - set(problems.DENSE)
+    for target, settings in {"gfx950": {True, False}, "sm_90": {None}}.items():
+        assert {c.async_copy for c in asked if c.target == target} == settings
+    assert {c.num_stages for c in asked} == {1, 2, 3, 4}
+
+
+def test_no_trial_tile_is_one_that_its_kernel_does_not_take_or_larger_than_any_rules():
+    asked = plan.estimates_trial()
+    assert {c.tile.block_k for c in asked if c.kernel == "moe_gemm_a8w8_blockscale"} == {128}
+    largest = max(c.tile.block_m * c.tile.block_n for c in asked)
+    # A rule is for tiles of up to 128 rows.
+    assert largest == max(128 * rule.block_n for rule in problems.TILE_RULES)
+
+
+def test_trial_tiles_have_the_warps_of_the_published_rules():
+    for configuration in plan.estimates_trial():
+        first = configuration.tile.block_m == 16
+        assert configuration.num_warps == (4 if first else 8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "right"),
+    [
+        ({"kernels": "ff_a16w16_fused"}, ["ff_a16w16_fused", "moe_gemm_a8w4"]),
+        ({"block_m": 100}, ["100", "power of two"]),
+        ({"block_m": 256, "block_n": 512}, ["nothing is left", "65,536"]),
+        ({"kernels": "moe_gemm_a8w8_blockscale", "block_k": 256}, ["nothing is left", "128"]),
+    ],
+)
+def test_a_trial_of_nothing_and_of_what_is_not_there_is_refused(changed, right):
+    with pytest.raises(ParameterError) as error:
+        plan.estimates_trial(**changed)
+    for text in right:
+        assert text in str(error.value)

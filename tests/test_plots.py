@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from moelab import plots, problems, records
+from moelab import estimates, plots, problems, records
 from moelab.targets import get
 
 PICTURES = (plots.lds_against_limit, plots.async_copy_difference)
@@ -162,3 +162,69 @@ def test_async_copys_picture_has_a_line_with_verdict_per_tile_of_its_stage_count
 def test_a_stage_count_without_pairs_is_named():
     (axis,) = plots.async_copy_difference(records.frame(rows()), num_stages=7).axes
     assert texts(axis) == ["no row with 7 stages and both settings of async copy"]
+
+
+# Estimates on trial.
+
+TRIALS = (plots.estimates_on_trial, plots.verdicts)
+
+
+def judged(*parts):
+    return estimates.judge(records.frame([of for part in parts for of in part]))
+
+
+@pytest.mark.parametrize("picture", TRIALS)
+@pytest.mark.parametrize("name", SETS)
+def test_a_trials_picture_is_a_figure_that_can_be_saved_and_leaves_none_open(
+    picture, name, tmp_path
+):
+    figure = picture(judged(SETS[name]))
+    assert plt.get_fignums() == []
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_a_trial_of_nothing_says_so():
+    assert texts(plots.estimates_on_trial(judged([])).axes[0]) == ["no row whose LDS is known"]
+    assert texts(plots.verdicts(judged([])).axes[0]) == [
+        "no configuration that an estimate speaks of"
+    ]
+
+
+def test_each_estimate_has_a_panel_per_target_with_both_limits():
+    figure = plots.estimates_on_trial(judged(rows(), rows("sm_90", switches=(None,))))
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == [
+        f"{of.name}\non {target}" for of in estimates.ESTIMATES for target in ("gfx950", "sm_90")
+    ]
+    limits = {
+        axis.get_title(loc="left"): sorted(
+            float(value)
+            for line in axis.lines
+            if line.get_color() == plots.RED and len(line.get_xdata())
+            for value in {*line.get_xdata(), *line.get_ydata()}
+            if value > 1
+        )
+        for axis in figure.axes
+    }
+    assert limits["sglang #29484\non sm_90"] == [227, 227]
+    assert limits["vLLM on ROCm\non gfx950"] == [64, 160]
+
+
+def test_a_panel_counts_what_is_wrong_and_in_brackets_what_is_not_spoken_of():
+    # 16x64x64 of fp8 are 5,120 bytes; the compiler says more than the limit.
+    wrong = rows(stages=(2,), lds_bytes=200000)
+    figure = plots.estimates_on_trial(judged(wrong))
+    padded = figure.axes[0]
+    assert texts(padded) == ["wrongly rejects\n0 (0)", "wrongly admits\n1 (1)"]
+    faces = [line.get_mfc() for line in padded.lines if line.get_ms() == 4]
+    assert sorted(face == "none" for face in faces) == [False, True]
+
+
+def test_verdicts_have_a_bar_per_estimate_and_target_that_it_speaks_of():
+    (axis,) = plots.verdicts(judged(rows(stages=(2,), lds_bytes=200000), rows("gfx942"))).axes
+    assert [label.get_text() for label in axis.get_yticklabels()][::-1][:2] == [
+        "aiter, tritonBLAS: padded\non gfx950",
+        "aiter, tritonBLAS: padded\non gfx942",
+    ]
+    assert "0 rejected, 1 admitted of 1" in texts(axis)
+    assert not any("sglang" in label.get_text() for label in axis.get_yticklabels())
