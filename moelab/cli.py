@@ -213,7 +213,7 @@ def lds(
 
     \b
     Example:
-      moelab lds examples/softmax.py:softmax_kernel examples/softmax.json \\
+      moelab lds matmul.py:matmul_kernel launch.json \\
         --target gfx950,sm_90 --stages 1,2,3 --warps 4,8
     """
     from . import plan, tables
@@ -270,7 +270,13 @@ def _value(text: str) -> Any:
 
 @app.group("toolchain")
 def toolchain_() -> None:
-    """Keep several Tritons side by side, away from the environment."""
+    """Keep several Tritons side by side, away from the environment.
+
+    \b
+    Example:
+      moelab toolchain install 3.7.1
+      moelab sweep --kernel moe_gemm_a8w4 --target gfx950 --triton 3.7.1 --triton 3.9.0
+    """
 
 
 @toolchain_.command()

@@ -216,10 +216,14 @@ def specialize_types(
         if isinstance(argument, tuple):
             return tuple(signature((*path, i), part) for i, part in enumerate(argument))
         if isinstance(argument, launches.Type):
-            bounded = argument.name.startswith("*") and not argument.large
             # D: divisible by 16; S: spans less than 2 GiB, which AMD's backend alone asks.
-            attributes[path] = backend.parse_attr("D" * argument.divisible + "S" * bounded)
+            bounded = argument.name.startswith("*") and not argument.large
+            known = "D" * argument.divisible + "S" * bounded
+            # As a launch does, so that equal launches have equal keys: nothing of floats.
+            if not argument.name.startswith(("fp", "bf")):
+                attributes[path] = backend.parse_attr(known)
             return argument.name
+        attributes[path] = []
         if isinstance(argument, launches.DType):
             constants[path] = tl.dtype(argument.name)
         else:
@@ -227,7 +231,7 @@ def specialize_types(
         return "constexpr"
 
     types = {p.name: signature((i,), arguments[p.name]) for i, p in enumerate(fn.params)}
-    ast = ASTSource(fn, types, constants, {path: said for path, said in attributes.items() if said})
+    ast = ASTSource(fn, types, constants, attributes)
     with _compile_errors(), _without_announcements():
         parsed = backend.parse_options(options)
     return _launch(ast, parsed, backend, target, async_copy)

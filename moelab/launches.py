@@ -282,7 +282,7 @@ def _module(place: str) -> Any:
         dotted = ".".join(parts)
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            return _imported(dotted, folder, place)
+            return _imported(dotted, folder)
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if "importlib" not in frame.filename][-1]
@@ -293,23 +293,30 @@ def _module(place: str) -> Any:
             ) from error
 
 
-def _imported(dotted: str, folder: Path | None, place: str) -> Any:
-    if folder is None or "." in dotted:
-        if folder is not None and str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+def _imported(dotted: str, folder: Path | None) -> Any:
+    """Import with a folder first on the path, as for a script in it, and only meanwhile.
+
+    Workers inherit the path: a ``json.py`` beside somebody's kernel must not be theirs.
+    """
+    if folder is None:
         return importlib.import_module(dotted)
-    # A file of its own may have any name, that of an installed module too.
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    alias = "moelab_file_" + re.sub(r"\W", "_", str(folder / dotted))
-    if alias not in sys.modules:
-        spec = importlib.util.spec_from_file_location(alias, folder / f"{dotted}.py")
-        assert spec is not None and spec.loader is not None, place
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[alias]
-            raise
-    return sys.modules[alias]
+    sys.path.insert(0, str(folder))
+    try:
+        if "." in dotted:
+            return importlib.import_module(dotted)
+        # A file of its own may have any name, that of an installed module too.
+        alias = "moelab_file_" + re.sub(r"\W", "_", str(folder / dotted))
+        if alias not in sys.modules:
+            sys.modules[alias] = _executed(alias, folder / f"{dotted}.py")
+        return sys.modules[alias]
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _executed(alias: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(alias, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -154,7 +154,7 @@ def test_async_copys_picture_has_a_line_with_verdict_per_tile_of_its_stage_count
     assert [text for text in texts(axis) if text] == ["fits", "fits"]
     (axis,) = plots.async_copy_difference(frame).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == [
-        "moe_gemm_a8w8 gfx950\n16x64x64, 4 warps"
+        "moe_gemm_a8w8 gfx950\n16x64x64, 4 warps, 2 stages"
     ]
     assert [text for text in texts(axis) if text] == ["no longer fits"]
 
