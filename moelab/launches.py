@@ -306,9 +306,7 @@ def _imported(dotted: str, folder: Path | None) -> Any:
             return importlib.import_module(dotted)
         # A file of its own may have any name, that of an installed module too.
         alias = "moelab_file_" + re.sub(r"\W", "_", str(folder / dotted))
-        if alias not in sys.modules:
-            sys.modules[alias] = _executed(alias, folder / f"{dotted}.py")
-        return sys.modules[alias]
+        return sys.modules.get(alias) or _executed(alias, folder / f"{dotted}.py")
     finally:
         sys.path.remove(str(folder))
 
@@ -317,6 +315,10 @@ def _executed(alias: str, path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules[alias] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[alias]
+        raise
     return module
