@@ -550,7 +550,7 @@ _ATTRIBUTES = re.compile(r"allocation\.offset = (\d+) : i32(?:, allocation\.size
 def _allocated_offsets(module: Any) -> list[tuple[int, int | None]]:
     """Read the kernel's offsets, and sizes where they are kept, in the order of its text."""
     # Functions of their own (`noinline`) have memory that their calls stand for.
-    kernel = re.split(r"^  (?=tt\.func )", str(module), flags=re.MULTILINE)
+    kernel = re.split(r"^  (?=tt\.func )", module.str_nodebug(), flags=re.MULTILINE)
     text = next(part for part in kernel if part.startswith("tt.func public"))
     return [(int(offset), int(size) if size else None) for offset, size in _ATTRIBUTES.findall(text)]
 
@@ -638,8 +638,12 @@ def _name(operation: Any, kind: str, line: str, shape: tuple[int, ...], dtype: s
     if kind == "func":
         return "states of warp groups"
     if kind == "call":
+        # Triton mangles: module.function__types.
         callee = operation.get_flat_symbol_ref_attr("callee")
-        return f"call of {callee.split('__')[0].rpartition('.')[2]}"
+        function = re.search(r"\.(\w+?)__", callee)
+        return f"call of {function[1] if function else callee}"
+    if kind == "warp_specialize":
+        return "captures of warp_specialize"
     # What is put there is known by its own name, not by that of what it becomes.
     values = [operation.get_operand(i) for i in range(min(operation.get_num_operands(), 1))]
     values += [operation.get_result(i) for i in range(min(operation.get_num_results(), 1))]
@@ -649,6 +653,8 @@ def _name(operation: Any, kind: str, line: str, shape: tuple[int, ...], dtype: s
             kind = "mbarrier"
         elif variable:
             return variable
+        else:
+            kind = "buffer"
     return f"{kind} of {variable}" if variable else f"{kind} at {line}" if line else kind
 
 

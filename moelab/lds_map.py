@@ -7,7 +7,7 @@ right where it explains the total to the last byte: `explained` holds it to that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -79,9 +79,8 @@ def _why(start: int, stop: int, owners: Sequence[Buffer]) -> str:
         lives = ", ".join(f"{owner.name} until {owner.last}" for owner in owners[:-1])
         return f"one after another: {lives}, {owners[-1].name} from {owners[-1].first}"
     # The largest power of two that the next buffer's offset is a multiple of.
-    alignment = min(stop & -stop, _WIDEST_ALIGNMENT)
-    if stop - start < alignment:
-        return f"free, for what follows is aligned to {alignment} bytes or fewer"
+    if stop - start < min(stop & -stop, _WIDEST_ALIGNMENT):
+        return "free: what follows is aligned"
     raise UnexplainedError(f"no buffer owns bytes {start:,} to {stop:,}")
 
 
@@ -128,7 +127,7 @@ def sentence(
     together = [b for b in buffers if b.first < highest.last and highest.first < b.last]
     most = max(together, key=lambda buffer: buffer.size_bytes)
     said = f"{most.name} takes {most.size_bytes:,} of {lds_bytes:,} bytes"
-    said += "".join(f"{_mark} {part}" for _mark, part in _parts(most, buffers, num_stages))
+    said += f": {_parts(most, buffers, num_stages)}"
     if without_async is not None:
         said += f"; {_added(most, without_async)}"
     over = lds_bytes - lds_limit
@@ -137,20 +136,17 @@ def sentence(
     return said + "."
 
 
-def _parts(most: Buffer, buffers: Sequence[Buffer], num_stages: int) -> Iterator[tuple[str, str]]:
+def _parts(most: Buffer, buffers: Sequence[Buffer], num_stages: int) -> str:
     """Say what a buffer is made of."""
     if most.operation != "local_alloc":
-        kept = [buffer.end for buffer in buffers if buffer.operation == "local_alloc"]
-        yield ":", f"scratch of operation {most.first} at {most.line or 'no known line'}"
-        if max(kept, default=0) < most.end:
-            yield ",", f"above the {max(kept, default=0):,} of what is kept for longer"
-        return
+        kept = max((b.end for b in buffers if b.operation == "local_alloc"), default=0)
+        more = f", where what outlives an operation ends at {kept:,}" if kept < most.end else ""
+        return f"scratch of one operation{more}"
     each = most.size_bytes // most.copies
     if most.copies == num_stages > 1:
-        yield ":", f"{most.copies} stages of {each:,}"
-    else:
-        copies = "1 copy" if most.copies == 1 else f"{most.copies} copies"
-        yield ":", f"{copies} of {each:,}, at num_stages = {num_stages}"
+        return f"{most.copies} stages of {each:,}"
+    copies = "1 copy" if most.copies == 1 else f"{most.copies} copies"
+    return f"{copies} of {each:,} at num_stages = {num_stages}"
 
 
 def _added(most: Buffer, without: Sequence[Buffer]) -> str:
