@@ -552,7 +552,9 @@ def _allocated_offsets(module: Any) -> list[tuple[int, int | None]]:
     # Functions of their own (`noinline`) have memory that their calls stand for.
     kernel = re.split(r"^  (?=tt\.func )", module.str_nodebug(), flags=re.MULTILINE)
     text = next(part for part in kernel if part.startswith("tt.func public"))
-    return [(int(offset), int(size) if size else None) for offset, size in _ATTRIBUTES.findall(text)]
+    return [
+        (int(offset), int(size) if size else None) for offset, size in _ATTRIBUTES.findall(text)
+    ]
 
 
 def _read_map(module: Any, printed: str, offsets: list[tuple[int, int | None]]) -> LdsMap:
@@ -617,17 +619,18 @@ _DTYPES = {
 
 def _buffer(operation: Any, offset: int, size: int, first: int, last: int) -> Buffer:
     kind = operation.get_name().rpartition(".")[2]
-    line, shape, dtype = "", (), ""
-    copies, padding = 1, 0
+    line, dtype, rank = "", "", 0
+    shape: tuple[int, ...] = ()
     if operation.get_num_results():
         result = operation.get_result(0)
         line = _source(result)[1]
         shape, dtype, rank = _type(str(result.get_type()))
-        if kind == "local_alloc":
-            padding = size - math.prod(shape) * _bits(dtype) // 8
-            # What is filled where it is made is one tile, whatever its rank.
-            if not operation.get_num_operands() and len(shape) > rank:
-                copies, shape = shape[0], shape[1:]
+    copies, padding = 1, 0
+    if kind == "local_alloc":
+        padding = size - math.prod(shape) * _bits(dtype) // 8
+        # What is filled where it is made is one tile, whatever its rank.
+        if not operation.get_num_operands() and len(shape) > rank:
+            copies, shape = shape[0], shape[1:]
     dtype = _DTYPES.get(dtype, dtype)
     name = _name(operation, kind, line, shape, dtype)
     return Buffer(name, kind, line, shape, dtype, copies, padding, offset, size, first, last)

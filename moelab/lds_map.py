@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .specs import Buffer, LdsMap
@@ -54,14 +55,14 @@ def explained(buffers: Sequence[Buffer], lds_bytes: int) -> tuple[Region, ...]:
         raise UnexplainedError(f"the buffers end at {end:,}, the LDS at {lds_bytes:,} bytes")
     cuts = sorted({0, *(cut for buffer in buffers for cut in (buffer.offset, buffer.end))})
     regions = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         owners = tuple(
             sorted(
                 (b for b in buffers if b.offset <= start and stop <= b.end),
                 key=lambda buffer: buffer.first,
             )
         )
-        for before, after in zip(owners, owners[1:], strict=False):
+        for before, after in pairwise(owners):
             if after.first < before.last:
                 raise UnexplainedError(
                     f"{before.name} (operations {before.first} to {before.last}) and "

@@ -218,7 +218,7 @@ def lds_map(
     first = min(buffer.first for buffer in buffers)
     last = max(positions, *(buffer.last for buffer in buffers))
     # Room on the left for what the limit's line is called.
-    axis.set_xlim(first - (last - first) * 0.16, last)
+    axis.set_xlim(first - (last - first) * 0.2, last)
     axis.set_ylim(0, max(lds_bytes, lds_limit) / KIB * 1.1)
     kinds = {kind: colour for kind, colour in _KINDS.items() if kind in map(_kind, buffers)}
     # Scratch lives for one operation of hundreds: drawn wide enough to be seen.
@@ -234,6 +234,7 @@ def lds_map(
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         color=RED,
+        bbox={"facecolor": "white", "lw": 0, "pad": 1},
     )
     for kind, colour in kinds.items():
         axis.bar(0, 0, color=colour, label=kind)
@@ -250,10 +251,13 @@ def _draw_bands(axis: Axes, buffer: Buffer, width: float, colour: str) -> None:
     """Draw each copy, and the share of it that is padding, hatched at its end."""
     size = buffer.size_bytes / buffer.copies / KIB
     padding = buffer.padding_bytes / buffer.copies / KIB
+    # A barrier has 8 bytes: drawn high enough to be seen, and without an edge over it.
+    lowest = axis.get_ylim()[1] / 150
+    edge: Any = {"edgecolor": "white", "lw": 1} if size > lowest else {"lw": 0, "zorder": 3}
     for copy in range(buffer.copies):
         bottom = buffer.offset / KIB + copy * size
-        place = {"width": width, "align": "edge", "color": colour}
-        axis.bar(buffer.first, size, bottom=bottom, edgecolor="white", lw=1, **place)
+        place: Any = {"width": width, "align": "edge", "color": colour}
+        axis.bar(buffer.first, max(size, lowest), bottom=bottom, **edge, **place)
         axis.bar(
             buffer.first,
             padding,
@@ -273,10 +277,14 @@ def _label_buffers(axis: Axes, buffers: Sequence[Buffer], widths: Sequence[float
     for buffer, width in zip(buffers, widths, strict=True):
         size = buffer.size_bytes / buffer.copies
         each = f"{size / KIB:.1f} KiB" if size >= KIB else f"{size:g} B"
-        words = f"{buffer.name}: {f'{buffer.copies} x ' if buffer.copies > 1 else ''}{each}"
-        middle = (buffer.offset + buffer.size_bytes / 2) / KIB
-        # About 100 letters fit across the picture, 27 lines into its height.
-        if width / (stop - start) > len(words) / 100 and buffer.size_bytes / KIB > top / 27:
+        # The file's name would take half the picture.
+        name = buffer.name.replace(buffer.line, f"line {buffer.line.rpartition(':')[2]}")
+        words = f"{name}: {f'{buffer.copies} x ' if buffer.copies > 1 else ''}{each}"
+        # In the first of the bands, if it is high enough for a line.
+        inside = size if size / KIB > top / 27 else buffer.size_bytes
+        middle = (buffer.offset + inside / 2) / KIB
+        # About 85 letters fit across the picture, 27 lines into its height.
+        if width / (stop - start) > len(words) / 85 and inside / KIB > top / 27:
             box = {"facecolor": "white", "lw": 0, "pad": 1.5}
             centre = buffer.first + width / 2
             axis.text(centre, middle, words, ha="center", va="center", fontsize=_LABEL, bbox=box)

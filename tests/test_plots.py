@@ -1,6 +1,6 @@
 """Every picture is a figure, of whatever rows there are."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import matplotlib
 import pytest
@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from moelab import plots, problems, records
+from moelab.specs import Buffer
 from moelab.targets import get
 
 PICTURES = (plots.lds_against_limit, plots.async_copy_difference)
@@ -162,3 +163,67 @@ def test_async_copys_picture_has_a_line_with_verdict_per_tile_of_its_stage_count
 def test_a_stage_count_without_pairs_is_named():
     (axis,) = plots.async_copy_difference(records.frame(rows()), num_stages=7).axes
     assert texts(axis) == ["no row with 7 stages and both settings of async copy"]
+
+
+def buffer(name="w", operation="local_alloc", **changed):
+    made = {
+        "line": "kernel.py:7",
+        "shape": (128, 512),
+        "dtype": "i8",
+        "copies": 1,
+        "padding_bytes": 0,
+        "offset": 0,
+        "size_bytes": 65536,
+        "first": 100,
+        "last": 200,
+    }
+    return Buffer(name, operation, **(made | changed))
+
+
+W = buffer(copies=2, size_bytes=135136, padding_bytes=4064)
+SCRATCH = buffer("convert_layout at kernel.py:7", "convert_layout", first=230, last=231)
+BARRIER = buffer("mbarrier of acc", offset=135136, size_bytes=16, copies=2)
+MAPS = {
+    "no buffer": ([], 0),
+    "one": ([buffer()], 65536),
+    "copies": ([W], 135136),
+    "scratch": ([W, SCRATCH, replace(SCRATCH, first=240, last=241)], 135136),
+    "barriers": ([W, BARRIER], 135152),
+    "a call alone": ([buffer("call of f", "call", first=0, last=1)], 65536),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_is_a_figure_that_can_be_saved_and_leaves_none_open(name, tmp_path):
+    figure = plots.lds_map(*MAPS[name], 163840, "a kernel", 260)
+    assert plt.get_fignums() == []
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_map_names_buffers_copies_bytes_and_the_limit():
+    axis = plots.lds_map(*MAPS["scratch"], 163840, "a kernel", 260).axes[0]
+    assert axis.get_title("left") == "a kernel: 135,136 bytes"
+    assert "w: 2 x 66.0 KiB" in texts(axis)
+    assert "2 buffers, convert_layout at line 7: 64.0 KiB" in texts(axis)
+    assert "limit 160 KiB" in texts(axis)
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["tile, a band for each copy", "scratch of one operation", "padding"]
+
+
+def test_a_map_shows_each_copy_as_a_band_and_what_does_not_fit_above_the_limit():
+    axis = plots.lds_map([W], 135136, 102400, "a kernel").axes[0]
+    size = 135136 / 2 / plots.KIB
+    bands = {bar.get_y() for bar in axis.patches if bar.get_height() == pytest.approx(size)}
+    assert bands == {0, size}
+    padding = [bar for bar in axis.patches if bar.get_hatch() and bar.get_height()]
+    assert [bar.get_height() for bar in padding] == pytest.approx([2032 / plots.KIB] * 2)
+    assert axis.get_ylim()[1] > 135136 / plots.KIB
+
+
+def test_a_map_shows_barriers_though_they_are_small():
+    axis = plots.lds_map(*MAPS["barriers"], 163840, "a kernel").axes[0]
+    top = axis.get_ylim()[1]
+    drawn = [bar for bar in axis.patches if bar.get_y() >= 135136 / plots.KIB]
+    assert max(bar.get_height() for bar in drawn) >= top / 200
+    assert "mbarrier of acc: 2 x 8 B" in texts(axis)
