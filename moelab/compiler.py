@@ -523,17 +523,18 @@ def _allocate_aloud(module: Any, schedule: Any, arguments: tuple[Any, ...]) -> s
         try:
             run(_ALLOCATION_DEBUG, schedule, arguments)
         finally:
-            # LLVM keeps the last choice until a later run makes another: an empty one.
+            # LLVM keeps the last choice until a run makes another: one without passes.
             run(before or _NO_DEBUG, lambda passes: None, ())
-            if before is None:
-                del os.environ[variable]
+            del os.environ[variable]
+            if before is not None:
+                os.environ[variable] = before
         file.seek(0)
         return file.read()
 
 
 @contextlib.contextmanager
 def _stderr_to(descriptor: int) -> Iterator[None]:
-    """Send to a file what compiled code prints, too."""
+    """Send stderr to a file, with what compiled code prints there."""
     sys.stderr.flush()
     kept = os.dup(2)
     os.dup2(descriptor, 2)

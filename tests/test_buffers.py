@@ -230,11 +230,12 @@ def test_what_was_printed_is_held_against_the_module(monkeypatch, before, after,
         compiler.buffers(launch())
 
 
-@pytest.mark.parametrize("set_by_the_user", [None, "no-such-pass"])
+@pytest.mark.parametrize("set_by_the_user", [None, "", "no-such-pass"])
 def test_nothing_is_printed_by_it_or_by_what_is_compiled_afterwards(
     monkeypatch, capfd, set_by_the_user
 ):
-    if set_by_the_user:
+    monkeypatch.delenv("TRITON_LLVM_DEBUG_ONLY", raising=False)
+    if set_by_the_user is not None:
         monkeypatch.setenv("TRITON_LLVM_DEBUG_ONLY", set_by_the_user)
     compiler.buffers(launch())
     compiler.lds(launch(stages=3))
