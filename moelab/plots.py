@@ -278,7 +278,9 @@ def _label_buffers(axis: Axes, buffers: Sequence[Buffer], widths: Sequence[float
         size = buffer.size_bytes / buffer.copies
         each = f"{size / KIB:.1f} KiB" if size >= KIB else f"{size:g} B"
         # The file's name would take half the picture.
-        name = buffer.name.replace(buffer.line, f"line {buffer.line.rpartition(':')[2]}")
+        name = buffer.name
+        if buffer.line:
+            name = name.replace(buffer.line, f"line {buffer.line.rpartition(':')[2]}")
         words = f"{name}: {f'{buffer.copies} x ' if buffer.copies > 1 else ''}{each}"
         # In the first of the bands, if it is high enough for a line.
         inside = size if size / KIB > top / 27 else buffer.size_bytes
@@ -303,5 +305,5 @@ def _label_buffers(axis: Axes, buffers: Sequence[Buffer], widths: Sequence[float
                 va="center",
                 fontsize=_LABEL,
                 annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6},
+                arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (0, 0.5)},
             )

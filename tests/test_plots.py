@@ -227,3 +227,9 @@ def test_a_map_shows_barriers_though_they_are_small():
     drawn = [bar for bar in axis.patches if bar.get_y() >= 135136 / plots.KIB]
     assert max(bar.get_height() for bar in drawn) >= top / 200
     assert "mbarrier of acc: 2 x 8 B" in texts(axis)
+
+
+def test_a_map_names_what_has_no_line():
+    captures = buffer("captures of warp_specialize", "warp_specialize", line="", last=101)
+    axis = plots.lds_map([captures], 65536, 163840, "a kernel").axes[0]
+    assert "captures of warp_specialize: 64.0 KiB" in texts(axis)
