@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ from . import __version__
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .lds_map import Told
+    from .specs import Question
+
 # Rows that are still read as a table; more are counted.
 _READABLE_ROWS = 60
 
@@ -22,6 +25,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for 
 _full = click.option(
     "--full", is_flag=True, help="Compile to the end: registers, spills, occupancy."
 )
+_map = click.option("--map", "maps", is_flag=True, help="Tell which buffer takes which bytes, too.")
 _store = click.option(
     "--store", default="rows", type=click.Path(path_type=Path), help="Folder where rows live."
 )
@@ -65,6 +69,7 @@ def app() -> None:
 @click.option("--y-format", default="bf16", help="Of y: bf16, fp32, fp8, mxfp8.")
 @click.option("--scale-layout", default="rows", help="Of mx weight scales: rows, cdna4.")
 @_full
+@_map
 @click.option(
     "--export",
     type=click.Path(path_type=Path),
@@ -90,6 +95,7 @@ def sweep(
     y_format: str,
     scale_layout: str,
     full: bool,
+    maps: bool,
     export: Path | None,
     tritons: tuple[str, ...],
     store: Path,
@@ -104,7 +110,6 @@ def sweep(
         --warps 8 --stages 1,2 --async-copy both
     """
     from . import plan, records
-    from . import sweep as sweep_
 
     with _wrong_use():
         configurations = plan.grid(
@@ -122,13 +127,14 @@ def sweep(
             y_format=y_format,
             scale_layout=scale_layout,
         )
-        rows = sweep_.each(configurations, store, tritons, full=full, jobs=jobs)
+        rows, told = _asked(configurations, tritons, store, full, maps, jobs)
         if export is not None:
             records.export(rows, export)
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
         _show(rows)
+        _show_maps(told)
 
 
 @contextlib.contextmanager
@@ -144,6 +150,27 @@ def _wrong_use() -> Iterator[None]:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError, ToolchainError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def _asked(
+    questions: Sequence[Question],
+    tritons: tuple[str, ...],
+    store: Path,
+    full: bool,
+    maps: bool,
+    jobs: int | None,
+) -> tuple[pd.DataFrame, list[Told]]:
+    """Ask each Triton, and with ``maps`` also what async copy changed of each map."""
+    from dataclasses import replace
+
+    from . import lds_map, sweep
+
+    rows = sweep.each(questions, store, tritons, full=full, maps=maps, jobs=jobs)
+    if not maps:
+        return rows, []
+    switched = [of for of in questions if of.async_copy not in (None, False)]
+    off = [replace(of, async_copy=False) for of in switched]
+    return rows, lds_map.tell(rows, sweep.each(off, store, tritons, maps=True, jobs=jobs))
 
 
 def _show(rows: pd.DataFrame) -> None:
@@ -168,9 +195,18 @@ def _print(table: pd.DataFrame) -> None:
     click.echo(table.astype(object).where(table.notna(), "-").to_string(index=False))
 
 
+def _show_maps(told: list[Told]) -> None:
+    from . import lds_map
+
+    for each in told:
+        click.echo(f"\n{each.title}\n{each.sentence}")
+        if each.map.buffers:
+            _print(lds_map.table(each.map.buffers))
+
+
 def _remarks(rows: pd.DataFrame) -> None:
     """Say on stderr what a table has no room for."""
-    if (rows["mode"] != rows["method"].replace("allocation", "lds")).any():
+    if ((rows["mode"] != "full") & (rows["method"] == "full")).any():
         click.echo("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
     failed = rows[~rows["status"].isin(["ok", "out_of_lds", "out_of_tmem"])]
     for reason in failed["reason"].unique()[:3]:
@@ -185,6 +221,7 @@ def _remarks(rows: pd.DataFrame) -> None:
 @click.option("--warps", help="Warps per workgroup; likewise.")
 @click.option("--async-copy", default="default", help="on, off, both, or as the compiler has it.")
 @_full
+@_map
 @_triton
 @_store
 @_jobs
@@ -197,6 +234,7 @@ def lds(
     warps: str | None,
     async_copy: str,
     full: bool,
+    maps: bool,
     tritons: tuple[str, ...],
     store: Path,
     jobs: int | None,
@@ -217,18 +255,18 @@ def lds(
         --target gfx950,sm_90 --stages 1,2,3 --warps 4,8
     """
     from . import plan, tables
-    from . import sweep as sweep_
 
     with _wrong_use():
         questions = plan.launches(
             kernel, launch, targets=target, stages=stages, warps=warps, async_copy=async_copy
         )
-        rows = sweep_.each(questions, store, tritons, full=full, jobs=jobs)
+        rows, told = _asked(questions, tritons, store, full, maps, jobs)
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
         _print(tables.of_launches(rows))
         _remarks(rows)
+        _show_maps(told)
 
 
 @app.command()

@@ -67,7 +67,7 @@ COLUMNS = {
     "num_warps": "Int64",
     "num_stages": "Int64",
     "async_copy": "boolean",  # missing where the target has no such switch
-    "mode": "string",  # lds or full: what was asked
+    "mode": "string",  # one of MODES: what was asked
     "compile_key": "string",  # equal for launches that compile to the same code
     "status": "string",  # one of STATUSES
     "reason": "string",  # why the status isn't ok
@@ -88,6 +88,12 @@ COLUMNS = {
     "schema": "Int64",
 }
 
+MODES = {
+    "lds": "the LDS, by the shortest way",
+    "map": "and what takes it",
+    "full": "and what the finished machine code takes",
+}
+
 STATUSES = {
     "ok": "fits",
     "out_of_lds": "needs more LDS / shared memory than a workgroup may use",
@@ -104,9 +110,9 @@ UNANSWERED = ("crashed", "timeout")
 KEY = tuple(itertools.takewhile(lambda name: name != "status", COLUMNS))
 
 
-def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Tell a row from every other."""
-    return tuple(row.get(name) for name in KEY)
+def key(row: Mapping[str, Any], of: Iterable[str] = KEY) -> tuple[Any, ...]:
+    """Tell a row from every other, or by some columns from some others."""
+    return tuple(row.get(name) for name in of)
 
 
 class Journal:

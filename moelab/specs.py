@@ -278,3 +278,55 @@ class KernelLaunch:
 
 
 Question = Configuration | KernelLaunch
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A stretch of LDS / shared memory that the compiler set aside, and for how long.
+
+    Args:
+        name: of the variable in the kernel's source, or what scratch is for.
+        operation: what asked for it: ``local_alloc``, ``convert_layout``, ``reduce``, ...
+        line: of the source, ``file.py:123``; empty where the compiler kept none.
+        shape: elements of one copy. Of scratch, the tensor that the operation gives: it
+            may pass through LDS in parts.
+        dtype: of the elements, as Triton names it where it does; of whole numbers the
+            compiler knows no sign: ``i8``.
+        copies: of the tile, one for each step that is under way at once.
+        padding_bytes: of all copies, beyond their elements; 0 for scratch.
+        offset, size_bytes: where it lies.
+        first, last: when it lives, in operations of the kernel in program order: from
+            ``first`` until before ``last``.
+    """
+
+    name: str
+    operation: str
+    line: str
+    shape: tuple[int, ...]
+    dtype: str
+    copies: int
+    padding_bytes: int
+    offset: int
+    size_bytes: int
+    first: int
+    last: int
+
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.offset + self.size_bytes
+
+
+@dataclass(frozen=True)
+class LdsMap:
+    """Where a kernel's LDS / shared memory goes.
+
+    Args:
+        buffers: in program order.
+        positions: operations of the kernel, the length of its program order.
+        missing: why there is no map; None where there is.
+    """
+
+    buffers: tuple[Buffer, ...] = ()
+    positions: int = 0
+    missing: str | None = None

@@ -26,8 +26,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, compiler, records, targets, toolchain
-from .specs import Question
+from . import __version__, compiler, lds_map, records, targets, toolchain
+from .specs import LdsMap, Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +44,7 @@ def run(
     store: Path | str,
     *,
     full: bool = False,
+    maps: bool = False,
     jobs: int | None = None,
     progress: bool = True,
     timeout_s: float = TIMEOUT_S,
@@ -54,6 +55,7 @@ def run(
     Args:
         store: folder of journals; made if missing.
         full: compile to machine code too, for registers, spills and occupancy.
+        maps: tell what takes the LDS, too, which takes a tenth more time; ``full`` does.
         jobs: processes; None takes every core.
         progress: show on stderr how many questions are left.
         timeout_s: after this a compile is ended and its row says so.
@@ -68,7 +70,7 @@ def run(
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs}; give 1 or more, or leave it out for every core")
     options: dict[str, Any] = {
-        "full": full,
+        "mode": "full" if full else "map" if maps else "lds",
         "jobs": jobs,
         "progress": progress,
         "timeout_s": timeout_s,
@@ -151,14 +153,13 @@ def serve() -> None:
 def _answered(
     questions: Sequence[Question],
     store: Path,
-    full: bool,
+    mode: str,
     jobs: int | None,
     progress: bool,
     timeout_s: float,
 ) -> list[dict[str, Any]]:
     """Answer with this process's Triton."""
     questions = [_settled(question) for question in questions]
-    mode = "full" if full else "lds"
     known = {
         records.key(row): row
         for row in records.journalled(store)
@@ -180,7 +181,7 @@ def _answered(
         }
         answers = itertools.chain(
             ((key, stored[key]) for key in missing if key in stored),
-            _compile_all(to_compile, full, jobs or _cores(), timeout_s),
+            _compile_all(to_compile, mode, jobs or _cores(), timeout_s),
         )
         for key, answer in answers:
             for index in missing[key]:
@@ -242,16 +243,21 @@ def _answer_of(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in records.KEY}
 
 
-def answer(question: Question, full: bool) -> dict[str, Any]:
+def answer(question: Question, mode: str) -> dict[str, Any]:
     """Ask the compiler, in this process; returns a row's second half.
 
+    Args:
+        mode: one of `records.MODES`.
     Raises:
         compiler.CompileError: it rejects the kernel.
     """
     target = targets.get(question.target)
     launch = compiler.specialize(question)
     found: dict[str, Any] = {}
-    if full:
+    if mode != "lds":
+        allocation, lds_map_ = _mapped(launch)
+        found["buffers"] = lds_map.to_json(lds_map_)
+    if mode == "full":
         allocation, resources = compiler.full(launch)
         found |= asdict(resources)
         occupancy = targets.occupancy(
@@ -262,7 +268,7 @@ def answer(question: Question, full: bool) -> dict[str, Any]:
             "warps_per_simd": occupancy.warps_per_simd,
             "occupancy_limit": occupancy.limit,
         }
-    else:
+    elif mode == "lds":
         allocation = compiler.lds(launch)
     found |= asdict(allocation)
     status, reason = "ok", None
@@ -273,6 +279,14 @@ def answer(question: Question, full: bool) -> dict[str, Any]:
         status = "out_of_tmem"
         reason = f"needs {allocation.tmem_columns} of {compiler.TMEM_COLUMNS} columns"
     return _stamped(status, reason, target) | found
+
+
+def _mapped(launch: compiler.Launch) -> tuple[compiler.Allocation, LdsMap]:
+    """Ask for the map; a fault in reading it must not cost the bytes."""
+    try:
+        return compiler.buffers(launch)
+    except compiler.MapError as error:
+        return compiler.lds(launch), LdsMap(missing=f"a fault of moelab's: {error}")
 
 
 def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[str, Any]:
@@ -286,7 +300,7 @@ def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[st
 
 
 def _compile_all(
-    questions: dict[str, Question], full: bool, jobs: int, timeout_s: float
+    questions: dict[str, Question], mode: str, jobs: int, timeout_s: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each key's answer as it comes; a failure is an answer too."""
     from pebble import ProcessPool
@@ -305,7 +319,7 @@ def _compile_all(
             keys: dict[Future[Any], str] = {}
             for key, question in questions.items():
                 log = Path(logs) / key
-                future = pool.schedule(_compile_one, args=[question, full, log], timeout=timeout_s)
+                future = pool.schedule(_compile_one, args=[question, mode, log], timeout=timeout_s)
                 keys[future] = key
             for done in as_completed(keys):
                 key = keys[done]
@@ -383,11 +397,11 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _compile_one(question: Question, full: bool, log: Path) -> dict[str, Any]:
+def _compile_one(question: Question, mode: str, log: Path) -> dict[str, Any]:
     """Answer in a worker, whose stderr is the compiler's diary."""
     with log.open("w") as diary:
         os.dup2(diary.fileno(), sys.stderr.fileno())
-        return answer(question, full)
+        return answer(question, mode)
 
 
 def _cores() -> int:

@@ -1,6 +1,6 @@
 """Every picture is a figure, of whatever rows there are."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import matplotlib
 import pytest
@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from moelab import estimates, plots, problems, records
+from moelab.lds_map import Told
+from moelab.specs import Buffer, LdsMap
 from moelab.targets import get
 
 PICTURES = (plots.lds_against_limit, plots.async_copy_difference)
@@ -228,3 +230,77 @@ def test_verdicts_have_a_bar_per_estimate_and_target_that_it_speaks_of():
     ]
     assert "0 rejected, 1 admitted of 1" in texts(axis)
     assert not any("sglang" in label.get_text() for label in axis.get_yticklabels())
+
+
+def buffer(name="w", operation="local_alloc", **changed):
+    made = {
+        "line": "kernel.py:7",
+        "shape": (128, 512),
+        "dtype": "i8",
+        "copies": 1,
+        "padding_bytes": 0,
+        "offset": 0,
+        "size_bytes": 65536,
+        "first": 100,
+        "last": 200,
+    }
+    return Buffer(name, operation, **(made | changed))
+
+
+W = buffer(copies=2, size_bytes=135136, padding_bytes=4064)
+SCRATCH = buffer("convert_layout at kernel.py:7", "convert_layout", first=230, last=231)
+BARRIER = buffer("mbarrier of acc", offset=135136, size_bytes=16, copies=2)
+MAPS = {
+    "no buffer": ([], 0),
+    "one": ([buffer()], 65536),
+    "copies": ([W], 135136),
+    "scratch": ([W, SCRATCH, replace(SCRATCH, first=240, last=241)], 135136),
+    "barriers": ([W, BARRIER], 135152),
+    "a call alone": ([buffer("call of f", "call", first=0, last=1)], 65536),
+}
+
+
+def told(buffers, lds_bytes, lds_limit=163840, positions=0):
+    return Told("a kernel", "", LdsMap(tuple(buffers), positions), lds_bytes, lds_limit)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_is_a_figure_that_can_be_saved_and_leaves_none_open(name, tmp_path):
+    figure = plots.lds_map(told(*MAPS[name], positions=260))
+    assert plt.get_fignums() == []
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_map_names_buffers_copies_bytes_and_the_limit():
+    axis = plots.lds_map(told(*MAPS["scratch"], positions=260)).axes[0]
+    assert axis.get_title("left") == "a kernel: 135,136 bytes"
+    assert "w: 2 x 66.0 KiB" in texts(axis)
+    assert "2 buffers, convert_layout at line 7: 64.0 KiB" in texts(axis)
+    assert "limit 160 KiB" in texts(axis)
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["tile, a band for each copy", "scratch of one operation", "padding"]
+
+
+def test_a_map_shows_each_copy_as_a_band_and_what_does_not_fit_above_the_limit():
+    axis = plots.lds_map(told([W], 135136, 102400)).axes[0]
+    size = 135136 / 2 / plots.KIB
+    bands = {bar.get_y() for bar in axis.patches if bar.get_height() == pytest.approx(size)}
+    assert bands == {0, size}
+    padding = [bar for bar in axis.patches if bar.get_hatch() and bar.get_height()]
+    assert [bar.get_height() for bar in padding] == pytest.approx([2032 / plots.KIB] * 2)
+    assert axis.get_ylim()[1] > 135136 / plots.KIB
+
+
+def test_a_map_shows_barriers_though_they_are_small():
+    axis = plots.lds_map(told(*MAPS["barriers"])).axes[0]
+    top = axis.get_ylim()[1]
+    drawn = [bar for bar in axis.patches if bar.get_y() >= 135136 / plots.KIB]
+    assert max(bar.get_height() for bar in drawn) >= top / 200
+    assert "mbarrier of acc: 2 x 8 B" in texts(axis)
+
+
+def test_a_map_names_what_has_no_line():
+    captures = buffer("captures of warp_specialize", "warp_specialize", line="", last=101)
+    axis = plots.lds_map(told([captures], 65536)).axes[0]
+    assert "captures of warp_specialize: 64.0 KiB" in texts(axis)
