@@ -174,7 +174,7 @@ def upgrade(paired: pd.DataFrame) -> Figure:
         return _empty(f"LDS is the same under Triton {before} and {after}")
     moved = moved[[*asked, *figures, "verdict"]].drop_duplicates()
     return _moves(
-        moved.sort_values(asked, ascending=False),
+        tables.in_tile_order(moved).iloc[::-1],
         figures,
         [f"Triton {before}", f"Triton {after}"],
         "LDS of one workgroup (KiB)",

@@ -78,13 +78,15 @@ def _with_commas(value: Any) -> str:
     return str(value) if isinstance(value, str) else f"{value:,}"
 
 
-def _in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Sort by kernel, target and the tile's numbers rather than its letters."""
+def in_tile_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Sort by all columns up to two after ``tile``, that by its numbers, not its letters."""
 
     def order(column: pd.Series) -> pd.Series:
         if column.name != "tile":
             return column
-        return column.map(lambda tile: re.sub(r"\d+", lambda block: block[0].zfill(6), tile))
+        return column.map(
+            lambda tile: re.sub(r"\d+", lambda block: block[0].zfill(6), tile), na_action="ignore"
+        )
 
     by = list(table.columns[: table.columns.get_loc("tile") + 3])
     return table.sort_values(by, key=order, ignore_index=True)
@@ -122,7 +124,7 @@ def lds_by_stages(rows: pd.DataFrame) -> pd.DataFrame:
     ]
     table = table.reset_index()
     table["limit (bytes)"] = table.pop("lds_limit")
-    return _in_tile_order(table)
+    return in_tile_order(table)
 
 
 def async_copy_difference(rows: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +150,7 @@ def async_copy_difference(rows: pd.DataFrame) -> pd.DataFrame:
     ]
     pairs = pairs.assign(added=pairs["on"] - pairs["off"], limit=limit)
     bytes_ = ["off", "on", "added", "limit"]
-    return _in_tile_order(
+    return in_tile_order(
         pairs.rename(columns={name: f"{name} (bytes)" for name in bytes_}).assign(verdict=verdict)
     )
 
@@ -174,7 +176,7 @@ def largest_stages(rows: pd.DataFrame) -> pd.DataFrame:
         found.append((*names, best, used, limit - used, fits.index.max()))
     columns = ["largest stage count that fits", "LDS (bytes)", "free (bytes)", "asked up to"]
     table = pd.DataFrame(found, columns=[*TILING, ASYNC_COPY, *columns])
-    return _in_tile_order(table.astype({name: "Int64" for name in columns}))
+    return in_tile_order(table.astype({name: "Int64" for name in columns}))
 
 
 def aiter_tests(rows: pd.DataFrame) -> pd.DataFrame:
