@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from . import records, tables
-from .specs import Buffer, LdsMap
+from .specs import Buffer, LdsMap, Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,6 +187,8 @@ def tell(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> list[Told]:
 
     Args:
         others: rows that are not told of, but set against.
+    Returns:
+        one or more; one that says so where no row has a map.
     """
     import pandas as pd
 
@@ -207,7 +209,24 @@ def tell(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> list[Told]:
             from_json(twin).buffers if twin else None,
         )
         told[row["compile_key"]] = Told(_title(row), said, here, row["lds_bytes"], row["lds_limit"])
-    return list(told.values())
+    unknown = Told("no configuration", "No map is known.", LdsMap(missing="no map is known"), 0, 0)
+    return list(told.values()) or [unknown]
+
+
+def largest(questions: Sequence[Question], rows: pd.DataFrame) -> list[Question]:
+    """Pick the question that needs the most LDS, after the same with async copy off if asked.
+
+    Args:
+        rows: their answers, in their order.
+    """
+    import numpy as np
+
+    needs = rows["lds_bytes"].to_numpy(dtype=float, na_value=np.nan)
+    if np.isnan(needs).all():
+        return []
+    most = questions[int(np.nanargmax(needs))]
+    twin = replace(most, async_copy=False)
+    return [twin, most] if most.async_copy is not False and twin in questions else [most]
 
 
 def _title(row: dict[str, Any]) -> str:

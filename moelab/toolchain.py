@@ -107,8 +107,8 @@ def home() -> Path:
     return Path(data) / "moelab" / "toolchains"
 
 
-def _folder(version: str) -> Path:
-    """Name a version's folder; wheels are built for one Python."""
+def folder(version: str) -> Path:
+    """Where a version of Triton is kept; its wheel is built for this Python."""
     return home() / sysconfig.get_config_var("SOABI").rsplit("-", 3)[0] / version
 
 
@@ -122,11 +122,11 @@ def install(version: str) -> Toolchain:
     """
     if not re.fullmatch(r"\d+(\.\d+)+[\w.+-]*", version):
         raise ToolchainError(f"{version!r} is no version of Triton; give for example 3.7.1")
-    folder = _folder(version)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder(version)
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all: a half-filled folder would be taken for a Triton.
-        partial = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=folder.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=place.parent))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         try:
             done = subprocess.run(
@@ -139,10 +139,10 @@ def install(version: str) -> Toolchain:
                 words = "\n".join(errors or done.stderr.splitlines()[-1:])
                 raise ToolchainError(f"pip could not install triton {version}: {words}")
             partial.chmod(0o755)
-            partial.rename(folder)
+            partial.rename(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return Toolchain(version, sys.executable, folder)
+    return Toolchain(version, sys.executable, place)
 
 
 def remove(version: str) -> Path:
@@ -151,21 +151,21 @@ def remove(version: str) -> Path:
     Raises:
         ToolchainError: it is not one that `install` made.
     """
-    folder = _folder(version)
+    place = folder(version)
     if version not in {toolchain.name for toolchain in installed()}:
         raise ToolchainError(_unknown(version))
-    shutil.rmtree(folder)
-    return folder
+    shutil.rmtree(place)
+    return place
 
 
 def installed() -> list[Toolchain]:
     """List what `install` made for this Python, by version."""
 
-    def numbers(folder: Path) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (0, part) for part in folder.name.split(".")]
+    def numbers(place: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in place.name.split(".")]
 
-    folders = [f for f in _folder("*").parent.glob("*") if (f / "triton").is_dir()]
-    return [Toolchain(f.name, sys.executable, f) for f in sorted(folders, key=numbers)]
+    places = [place for place in folder("*").parent.glob("*") if (place / "triton").is_dir()]
+    return [Toolchain(p.name, sys.executable, p) for p in sorted(places, key=numbers)]
 
 
 def find(name: str | None = None) -> Toolchain:
@@ -201,7 +201,7 @@ def _own_version() -> str | None:
 def _unknown(name: str) -> str:
     have = ", ".join(toolchain.name for toolchain in installed()) or "none"
     return (
-        f"no Triton {name!r} in {_folder(name).parent} (there: {have}; in this environment: "
+        f"no Triton {name!r} in {folder(name).parent} (there: {have}; in this environment: "
         f"{_own_version()}); run `moelab toolchain install {name}`, or give the path of a "
         "Python that has its own Triton"
     )

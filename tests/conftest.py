@@ -1,6 +1,8 @@
-"""Skip what needs a GPU where there is none."""
+"""Skip what needs a GPU where there is none; stand in for another Triton."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,39 @@ def pytest_collection_modifyitems(items):
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def pretend_triton():
+    """Put the installed Triton into a folder once more, under another version.
+
+    Args:
+        async_copy: what it does for AMD targets where nobody chose; None is as installed.
+    """
+    return _pretend
+
+
+def _pretend(folder, version, async_copy=None):
+    import triton
+
+    package, real = folder / "triton", Path(triton.__file__).parent
+    _mirror(real, package, "__init__.py", lambda text: text.replace(triton.__version__, version))
+    if async_copy is not None:
+        (package / "backends").unlink()
+        _mirror(real / "backends", package / "backends", "amd")
+        decide = f"\n\ndef is_async_copy_enabled(arch):\n    return {async_copy}\n"
+        amd = Path("backends", "amd")
+        _mirror(real / amd, package / amd, "compiler.py", lambda text: text + decide)
+    # Its entry points name the backends.
+    (metadata,) = real.parent.glob("triton-*.dist-info")
+    (folder / metadata.name).symlink_to(metadata)
+
+
+def _mirror(real, copy, own, change=None):
+    """Link a folder's files into another, but for one, which is changed or left out."""
+    copy.mkdir(parents=True)
+    for path in real.iterdir():
+        if path.name not in (own, "__pycache__"):
+            (copy / path.name).symlink_to(path)
+    if change:
+        (copy / own).write_text(change((real / own).read_text()))

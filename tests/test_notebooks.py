@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from moelab import compiler, estimates, parameters, plan, problems, records, report, tables
+from moelab import (
+    compiler,
+    estimates,
+    lds_map,
+    parameters,
+    plan,
+    problems,
+    records,
+    report,
+    tables,
+    toolchain,
+    upgrade,
+)
 from moelab.parameters import ParameterError
 from moelab.report import ReportError
 from moelab.targets import TARGETS
@@ -144,7 +156,7 @@ def test_the_page_has_every_section(rendered):
     for cell in cells(SWEEP, "markdown"):
         title = source(cell).splitlines()[0].lstrip("# ")
         assert title in shown
-    assert page.count("<img") == 2
+    assert page.count("<img") == 3
     assert "Traceback" not in page
 
 
@@ -152,13 +164,23 @@ def test_the_page_holds_what_the_rows_say(rendered):
     folder, path = rendered
     page = path.read_text()
     rows = records.read(folder / "rows")
-    asked = rows[rows["model"] == "Llama4 Maverick"]
+    asked = rows[(rows["model"] == "Llama4 Maverick") & (rows["mode"] == "lds")]
     assert len(asked) == 4
     for lds_bytes in asked["lds_bytes"]:
         assert f"{lds_bytes:,}" in page
     for sentence in tables.conclusion(asked).splitlines():
         words = re.sub(r"^- |\*\*", "", sentence)
         assert words in re.sub(r"<[^>]+>", "", page)
+
+
+def test_the_page_tells_which_buffer_takes_most_with_async_copy_off_and_on(rendered):
+    folder, path = rendered
+    rows = records.read(folder / "rows")
+    told = lds_map.tell(rows[rows["mode"] == "map"])
+    assert {each.lds_bytes for each in told} >= {rows["lds_bytes"][rows["mode"] == "map"].max()}
+    assert len(told) == 2
+    for each in told:
+        assert each.sentence in path.read_text()
 
 
 def test_the_page_tells_of_each_of_aiters_tests_under_every_policy(rendered):
@@ -255,3 +277,34 @@ def test_the_trials_page_holds_every_estimate_and_what_the_rows_say_of_it(tmp_pa
     plain = re.sub(r"<[^>]+>", "", page)
     for sentence in estimates.conclusion(judged).splitlines():
         assert html.escape(re.sub(r"^- |\*\*", "", sentence), quote=False) in plain
+
+
+# Two Tritons.
+
+UPGRADE = FOLDER / "03_triton_upgrade.ipynb"
+
+
+def test_the_upgrades_defaults_are_a_valid_grid():
+    defaults = parameters.parameters_of(UPGRADE)
+    given = {name: ast.literal_eval(defaults[name].default) for name in plan.PARAMETERS}
+    assert {c.async_copy for c in plan.grid(**given)} == {"default"}
+
+
+def test_the_upgrades_page_tells_what_changed(tmp_path, monkeypatch, pretend_triton):
+    monkeypatch.setenv("MOELAB_TOOLCHAINS", str(tmp_path / "toolchains"))
+    pretend_triton(toolchain.folder("99.1.0"), "99.1.0", async_copy=False)
+    given = SMALL | {
+        "tritons": f"{compiler.triton_version()},99.1.0",
+        "stages": 2,
+        "full": False,
+        "store": str(tmp_path / "rows"),
+    }
+    page = report.render(UPGRADE, given, tmp_path, progress=False).read_text()
+    assert "Traceback" not in page
+    rows = records.read(tmp_path / "rows")
+    assert sorted(rows["triton"]) == sorted(given["tritons"].split(","))
+    conclusion = upgrade.conclusion(upgrade.pairs(rows.sort_values("triton")))
+    plain = re.sub(r"<[^>]+>", "", page)
+    assert html.escape(re.sub(r"^- |\*\*", "", conclusion), quote=False) in plain
+    if compiler.default_async_copy(TARGETS["gfx950"]):
+        assert "less LDS 1" in conclusion

@@ -23,20 +23,6 @@ def grid(**changed):
     return plan.grid(**small | {"targets": "sm_90", "stages": 2} | changed)
 
 
-def pretend(folder, version):
-    """Put the installed Triton into a folder once more, under another version."""
-    package = folder / "triton"
-    package.mkdir(parents=True)
-    for path in Path(triton.__file__).parent.iterdir():
-        if path.name not in ("__init__.py", "__pycache__"):
-            (package / path.name).symlink_to(path)
-    own = Path(triton.__file__).read_text()
-    (package / "__init__.py").write_text(own.replace(triton.__version__, version))
-    # Its entry points name the backends.
-    (metadata,) = Path(triton.__file__).parents[1].glob("triton-*.dist-info")
-    (folder / metadata.name).symlink_to(metadata)
-
-
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_TOOLCHAINS", str(tmp_path / "toolchains"))
@@ -44,9 +30,9 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def newer(home):
+def newer(home, pretend_triton):
     """A home with one Triton, which says of itself that it is newer."""
-    pretend(toolchain._folder(NEWER), NEWER)
+    pretend_triton(toolchain.folder(NEWER), NEWER)
     return toolchain.find(NEWER)
 
 
@@ -72,10 +58,10 @@ def test_without_a_name_it_is_this_processs():
         assert found.versions()[1] == triton.__version__
 
 
-def test_what_was_installed_is_listed_by_version_and_found(home):
+def test_what_was_installed_is_listed_by_version_and_found(home, pretend_triton):
     for version in ("3.10.0", "3.9.1", "3.10.0.dev3"):
-        pretend(toolchain._folder(version), version)
-    (toolchain._folder("3.2.0")).mkdir()
+        pretend_triton(toolchain.folder(version), version)
+    (toolchain.folder("3.2.0")).mkdir()
     assert [found.name for found in toolchain.installed()] == ["3.9.1", "3.10.0", "3.10.0.dev3"]
     found = toolchain.find("3.9.1")
     assert not found.is_here
@@ -112,7 +98,7 @@ def test_a_failed_install_has_pips_words_and_leaves_nothing(home, no_pip):
     ):
         toolchain.install("3.7.1")
     assert toolchain.installed() == []
-    assert list(toolchain._folder("*").parent.iterdir()) == []
+    assert list(toolchain.folder("*").parent.iterdir()) == []
 
 
 def test_what_is_installed_is_not_installed_again(newer, no_pip):
@@ -143,21 +129,8 @@ def test_each_triton_answers_in_rows_of_its_own(newer, tmp_path):
     assert triton.__version__ == compiler.triton_version(), "this process has kept its own"
 
 
-def test_async_copy_that_nobody_chose_is_each_tritons_own(newer, tmp_path):
-    """One that says it is on: the fork differs from the installed in nothing else."""
-    folder = newer.folder / "triton"
-    (folder / "backends").unlink()
-    real = Path(triton.__file__).parent / "backends"
-    for path in ("amd", "nvidia"):
-        (folder / "backends" / path).mkdir(parents=True)
-        for file in (real / path).iterdir():
-            if file.name not in ("compiler.py", "__pycache__"):
-                (folder / "backends" / path / file.name).symlink_to(file)
-        text = (real / path / "compiler.py").read_text()
-        text += "\ndef is_async_copy_enabled(arch):\n    return False\n" if path == "amd" else ""
-        (folder / "backends" / path / "compiler.py").write_text(text)
-    for file in real.glob("*.py"):
-        (folder / "backends" / file.name).symlink_to(file)
+def test_async_copy_that_nobody_chose_is_each_tritons_own(home, tmp_path, pretend_triton):
+    pretend_triton(toolchain.folder(NEWER), NEWER, async_copy=False)
     rows = sweep.each(
         grid(targets="gfx950"),
         tmp_path / "rows",
@@ -183,12 +156,12 @@ def test_all_are_looked_for_before_any_is_asked(newer, tmp_path):
     assert not (tmp_path / "rows").exists()
 
 
-def test_a_python_with_a_triton_of_its_own_borrows_the_rest(tmp_path):
+def test_a_python_with_a_triton_of_its_own_borrows_the_rest(tmp_path, pretend_triton):
     """It has neither moelab nor PyTorch, nor anything but a Triton."""
     venv.create(tmp_path / "fork", symlinks=True)
     python = tmp_path / "fork" / "bin" / "python"
     (site,) = (tmp_path / "fork" / "lib").glob("*/site-packages")
-    pretend(site, "3.9.0+fork")
+    pretend_triton(site, "3.9.0+fork")
     found = toolchain.find(str(python))
     assert found.versions()[1] == "3.9.0+fork"
     questions = grid(targets="gfx950", async_copy="both")
