@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,125 @@ def _show(rows: pd.DataFrame) -> None:
         click.echo("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
     for reason in rows.loc[rows["status"] == "compile_error", "reason"].unique()[:3]:
         click.echo(f"\n{reason}", err=True)
+
+
+def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
+    """Give a command options that `sweep` has, ahead of its own."""
+
+    def give(command: click.Command) -> click.Command:
+        given = [option for option in sweep.params if option.name in names]
+        command.params = [*given, *command.params]
+        return command
+
+    return give
+
+
+@_as_sweep_has(
+    *("kernel", "target", "tile", "warps", "async_copy", "x_format", "y_format"),
+    *("scale_layout", "store", "jobs"),
+)
+@app.command()
+@click.option("--stages", default="2", help="Stage counts of what is asked about.")
+@click.option("--model", help="Models, or all; if not given, all, or with --tile the first.")
+@click.option("--layer", help="1, 2 or all; if not given, all, or with --tile 1.")
+@click.option("--tp", help="Tensor parallelism; if not given, all, or with --tile 1.")
+@click.option("--m", help="Tokens before top-k; if not given, all, or with --tile 8704.")
+@click.option("--keep", help="What must stay: num_stages, block_k, block_n, ..., async_copy.")
+@click.option("--top", default=8, type=click.IntRange(min=1), help="Alternatives to show of each.")
+@click.option("--all", "always", is_flag=True, help="Give what fits its alternatives too.")
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="Times to order by, .parquet or .csv: see moelab.advice.check_measured.",
+)
+@_as_json
+def advise(
+    kernel: str,
+    target: str,
+    tile: str | None,
+    model: str | None,
+    layer: str | None,
+    tp: str | None,
+    m: str | None,
+    keep: str | None,
+    top: int,
+    always: bool,
+    measured: Path | None,
+    store: Path,
+    jobs: int | None,
+    as_json: bool,
+    **same: Any,
+) -> None:
+    """Name the nearest configurations that fit, in order of cost, without a GPU.
+
+    Without --tile, of every tile that the published rules choose for the kernel. Launches
+    that share a tile are asked as the one that needs the most LDS.
+
+    \b
+    Example:
+      moelab advise --kernel moe_gemm_a8w4 --target gfx950 --tile 128x512x256 --warps 8
+    """
+    from dataclasses import replace
+
+    from . import advice, plan
+    from . import sweep as sweep_
+    from .parameters import ParameterError
+
+    try:
+        times = None if measured is None else advice.read_measured(measured)
+        asked = plan.grid(
+            kernels=kernel,
+            targets=target,
+            tiles=tile,
+            models=model or (None if tile else "all"),
+            layers=layer or ("1" if tile else "all"),
+            tp=tp or ("1" if tile else "all"),
+            m=m or ("8704" if tile else "all"),
+            **same,
+        )
+        answers = sweep_.run(asked, store, jobs=jobs)
+        for first, *others in advice.tilings(answers):
+            base = answers.iloc[first]
+            offered = always or base["status"] != "ok"
+            near = plan.alternatives(asked[first], keep) if offered else []
+            chosen = advice.shortlist(sweep_.run(near, store, jobs=jobs), base)
+            near = [near[at] for at in chosen]
+            ranked = advice.rank(sweep_.run(near, store, full=True, jobs=jobs), base, times)
+            # What is proposed for a tile must fit every launch that has it.
+            shown = ranked.index[:top]
+            held = [
+                replace(near[at], problem=asked[other].problem) for at in shown for other in others
+            ]
+            fits = sweep_.run(held, store, jobs=jobs)["status"].eq("ok").to_numpy(bool)
+            fits = fits.reshape(len(shown), len(others)).all(axis=1)
+            ranked = ranked.drop(shown[~fits])
+            _propose(base, ranked, top, as_json)
+    except ParameterError as error:
+        raise click.UsageError(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _propose(base: pd.Series, ranked: pd.DataFrame, top: int, as_json: bool) -> None:
+    """Print a configuration and the first of its alternatives."""
+    import pandas as pd
+
+    from . import advice, tables
+
+    if as_json:
+        rows = pd.concat([tables.labelled(base.to_frame().T), ranked[:top]])
+        rows = rows.drop(columns=tables.ASYNC_COPY)
+        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        return
+    click.echo(advice.verdict(ranked, base))
+    if len(ranked):
+        click.echo(f"Of {base['model']}, layer {base['layer']}, TP {base['tp']}, M {base['m']}:")
+        shown = ["changed", "tile", "num_warps", "num_stages", tables.ASYNC_COPY, "lds_bytes"]
+        shown += ["free_bytes", "registers", "spilled_registers", "workgroups_per_cu"]
+        shown += ["warps_per_simd", "expected_cost", "measured_time_us", "ordered_by"]
+        table = ranked[shown].dropna(axis="columns", how="all")[:top]
+        click.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    click.echo()
 
 
 @app.command()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 from . import compiler, problems
 from .kernels import KERNELS
@@ -190,3 +191,90 @@ def _integers(parameter: str, value: object, right: Collection[int] = ()) -> lis
     if not numbers:
         raise ParameterError(f"{parameter} is empty; give for example {right or '1'}")
     return list(dict.fromkeys(numbers))
+
+
+# What alternatives change; block_m is also the layout of the routing.
+CHANGED = ("num_stages", "block_k", "block_n", "block_m", "num_warps", "async_copy")
+
+# Blocks below what matrix units multiply at once leave them partly idle.
+_LEAST_BLOCK = 16
+
+
+def alternatives(
+    configuration: Configuration, keep: object = (), most: int = 60
+) -> list[Configuration]:
+    """List what lies nearest to a configuration, nearest first; see `neighbours`.
+
+    Args:
+        keep: of `CHANGED`, what must stay as it is.
+    Raises:
+        ParameterError: ``keep`` names something else.
+    """
+    kept = _names("keep", keep, CHANGED) if keep else []
+    tile = asdict(configuration.tile)
+    settings = {name: tile.get(name, getattr(configuration, name, None)) for name in CHANGED}
+    found = []
+    for changed in neighbours(settings, kept, most):
+        blocks = {name: changed.pop(name) for name in tile if name in changed}
+        of_tile = replace(configuration.tile, **blocks)
+        found.append(replace(configuration, tile=of_tile, **changed))
+    return found
+
+
+def neighbours(
+    settings: Mapping[str, Any], keep: Collection[str] = (), most: int = 60
+) -> list[dict[str, Any]]:
+    """Change one setting, or two; nearest first.
+
+    A step is one stage more or fewer, a block halved, block_k doubled, warps halved or
+    doubled, async copy off. Stages go down to one, blocks to a quarter. What asks for more
+    LDS, a stage or block_k doubled, is paired with the other one made smaller, and with
+    nothing else: a deeper step with fewer stages, and more stages of a shorter step.
+
+    Args:
+        settings: of `CHANGED`, those that there are, by name.
+        keep: those that must stay as they are.
+        most: the furthest beyond this many are left out.
+    Returns:
+        the settings that differ, by name.
+
+    >>> neighbours({"num_stages": 2, "block_k": 32})
+    [{'num_stages': 1}, {'num_stages': 3}, {'block_k': 16}, {'block_k': 64}, \
+{'num_stages': 1, 'block_k': 16}, {'num_stages': 1, 'block_k': 64}, \
+{'num_stages': 3, 'block_k': 16}]
+    """
+    moves = [
+        (name, value, steps)
+        for name in CHANGED
+        if name not in keep and settings.get(name) is not None
+        for value, steps in _moves(name, settings[name])
+    ]
+    found = [(steps, {name: value}) for name, value, steps in moves]
+    for (name, value, steps), (other, to, more) in itertools.combinations(moves, 2):
+        grown = [n for n, v in ((name, value), (other, to)) if _grows(n, v, settings)]
+        traded = {name, other} == {"num_stages", "block_k"} and len(grown) == 1
+        if name != other and (traded or not grown):
+            found.append((steps + more, {name: value, other: to}))
+    # Sorting is stable: of equally near ones a single change comes first.
+    found.sort(key=lambda one: one[0] + len(one[1]))
+    return [changed for _, changed in found[:most]]
+
+
+def _moves(name: str, value: Any) -> Iterator[tuple[Any, int]]:
+    """Yield what a setting may become, and how many steps away that is."""
+    if name == "num_stages":
+        yield from ((fewer, value - fewer) for fewer in range(value - 1, 0, -1))
+        yield value + 1, 1
+    elif name == "num_warps":
+        yield from ((warps, 1) for warps in (value // 2, value * 2) if warps in WARPS)
+    elif name == "async_copy":
+        yield from [(False, 1)] if value else []
+    else:
+        halved = ((value // part, steps) for part, steps in ((2, 1), (4, 2)))
+        yield from ((block, steps) for block, steps in halved if block >= _LEAST_BLOCK)
+        if name == "block_k":
+            yield value * 2, 1
+
+
+def _grows(name: str, value: Any, settings: Mapping[str, Any]) -> bool:
+    return name in ("num_stages", "block_k") and value > settings[name]
