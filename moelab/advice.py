@@ -164,6 +164,8 @@ _WORDS = {
     "async_copy": "async copy",
 }
 
+UNCHANGED = "unchanged"
+
 
 def changed(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     """Say in words what a row changes of the base: ``["block_k 256 -> 128"]``.
@@ -215,7 +217,7 @@ def shortlist(rows: pd.DataFrame, base: Mapping[str, Any], most: int = 24) -> li
 
     def order(one: tuple[int, Mapping[str, Any]]) -> tuple[bool, float]:
         cost = expected_cost(one[1])
-        single = len(changed(one[1], base)) == 1
+        single = len(changed(one[1], base)) < 2
         return not single, 0.0 if single or math.isnan(cost) else cost
 
     return sorted(at for at, _ in sorted(fitting, key=order)[:most])
@@ -296,15 +298,16 @@ def rank(
 
     Args:
         rows: of `sweep.run` with ``full=True``, nearest first; others are left out.
-        base: the row that they are alternatives to.
+        base: the row that they are alternatives to; it may be among them.
         measured: as `check_measured` gives them. What has a measured time comes first, in
             that order; what has none follows.
     Returns:
         the rows under their index, labelled (`tables.labelled`), with ``changed``: what
-        differs from the base, in words; ``free_bytes`` of LDS; ``expected_cost`` over the
-        least of these rows, missing where it is unknown; ``measured_time_us``;
-        ``ordered_by``: ``measured on gfx950``, ``expected``, or ``nearness`` where no cost
-        is known.
+        differs from the base, in words, or `UNCHANGED`; ``free_bytes`` of LDS;
+        ``expected_cost`` over the least of these rows, missing where it is unknown;
+        ``measured_time_us``; ``ordered_by``: ``measured on gfx950``, ``expected``, or
+        ``nearness`` where no cost is known. Expected costs that are equal to a tenth are
+        ordered by nearness.
     """
     import pandas as pd
 
@@ -318,15 +321,14 @@ def rank(
         time_us = _measured_us(table, measured)
     by = pd.Series("expected", table.index).where(cost.notna(), "nearness")
     table = table.assign(
-        changed=[", ".join(words) for words in changes],
+        changed=[", ".join(words) or UNCHANGED for words in changes],
         free_bytes=table["lds_limit"] - table["lds_bytes"],
         expected_cost=cost / cost.min(),
         measured_time_us=time_us,
         ordered_by=by.where(time_us.isna(), "measured on " + table["target"].astype(str)),
     )
-    # What is expected to cost the same to a hundredth is told apart by nearness.
-    order = table[["measured_time_us", "expected_cost"]].round({"expected_cost": 2})
-    order = order.assign(changes=[len(words) for words in changes])
+    # The formula tells no tenth from the next: there the nearer comes first, as rows do.
+    order = table[["measured_time_us", "expected_cost"]].round({"expected_cost": 1})
     return table.loc[order.sort_values([*order], kind="stable").index]
 
 
@@ -353,9 +355,12 @@ def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
     if ranked.empty:
         return said if base["status"] == "ok" else f"{said} No neighbour that was compiled fits."
     best = ranked.iloc[0]
-    said += f" Nearby fits {_proposed(best)}."
+    if best["changed"] == UNCHANGED:
+        return f"{said} No neighbour comes before it."
+    said += f" First choice: {_proposed(best)}."
     # The quick fix, which costs the most where the pipeline matters.
-    fewer = ranked[ranked["changed"].str.fullmatch(r"stages \d+ -> \d+")]
+    alone = ranked["changed"].str.fullmatch(r"stages \d+ -> \d+")
+    fewer = ranked[alone & (ranked["num_stages"] < base["num_stages"])]
     if len(fewer) and fewer.index[0] != ranked.index[0]:
         said += f" Fewer stages alone: {_proposed(fewer.iloc[0])}."
     return said

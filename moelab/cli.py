@@ -216,8 +216,9 @@ def advise(
         answers = sweep_.run(asked, store, jobs=jobs)
         for first, *others in advice.tilings(answers):
             base = answers.iloc[first]
-            offered = always or base["status"] != "ok"
-            near = plan.alternatives(asked[first], keep) if offered else []
+            near = []
+            if always or base["status"] != "ok":
+                near = [asked[first], *plan.alternatives(asked[first], keep)]
             chosen = advice.shortlist(sweep_.run(near, store, jobs=jobs), base)
             near = [near[at] for at in chosen]
             ranked = advice.rank(sweep_.run(near, store, full=True, jobs=jobs), base, times)
