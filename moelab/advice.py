@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import records, tables, targets
-from .specs import Target
+from .specs import Target, Tile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,13 +93,16 @@ def expected_cost(row: Mapping[str, Any]) -> float:
     - ``traffic``: x and y once, w once for every group of 4 row tiles of an expert, which
       share it through the cache.
 
+    Where a launch has two products, the programs of both are counted as if apart.
+
     The cache's bandwidth, twice that of memory, and the latency of 0.2 us come from a plain
     fp8 kernel on one H100 (Qwen3-235B-A22B layer 1, M 8704, 128x256x128, 8 warps): 572, 798,
     1017 and 1021 TFLOP/s with 1 to 4 stages. The formula gives 542, 785, 936 and 936, and
     at M 2560 and 15872 the same order within 17%. It does not tell 3 stages from 4, which
     differ by up to 7%. Over the 256 cells of the table published for the MI355X
-    (ROCm/aiter#2723, one stage) its rank correlation is 0.98 with those constants, and its
-    times are 1.2 to 1.9 times too short.
+    (ROCm/aiter#2723, one stage) its rank correlation is 0.98, with registers as Triton 3.9.0
+    compiles this project's kernels; its times are 1.2 to 1.9 times too short (medians by
+    model).
 
     Args:
         row: of a sweep. Without registers (`mode` is ``lds``) it is a lower bound:
@@ -183,8 +186,11 @@ def changed(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_FORMATS = ("x_format", "y_format", "scale_layout")
+
+
 def tilings(rows: pd.DataFrame) -> list[list[int]]:
-    """Group the launches that share kernel, target, tile, warps, stages and async copy.
+    """Group the launches that differ in nothing but their problem's shape.
 
     Returns:
         positions in ``rows``; in each group first the launch to ask of, the one that needs
@@ -194,11 +200,10 @@ def tilings(rows: pd.DataFrame) -> list[list[int]]:
     # A launch without an answer says least.
     asked = tables.labelled(rows.assign(lds_bytes=rows["lds_bytes"].fillna(-1), work=work))
     asked = asked.reset_index(drop=True)
+    shared = [*tables.TILING, "num_stages", tables.ASYNC_COPY, *_FORMATS]
     return [
         launches.sort_values(["lds_bytes", "work"], ascending=False).index.to_list()
-        for _, launches in asked.groupby(
-            [*tables.TILING, "num_stages", tables.ASYNC_COPY], sort=False
-        )
+        for _, launches in asked.groupby(shared, sort=False, dropna=False)
     ]
 
 
@@ -229,7 +234,11 @@ _BLOCKS = ["block_m", "block_n", "block_k", "split_k"]
 
 
 def read_measured(path: Path | str) -> pd.DataFrame:
-    """Read measurements from a ``.parquet`` or ``.csv`` file; see `check_measured`."""
+    """Read measurements from a ``.parquet`` or ``.csv`` file; see `check_measured`.
+
+    Raises:
+        ValueError: it can't be read; the message has the path and says why.
+    """
     import pandas as pd
 
     path = Path(path)
@@ -238,12 +247,12 @@ def read_measured(path: Path | str) -> pd.DataFrame:
         raise ValueError(f"{path}: measurements are read from a .parquet or a .csv")
     try:
         return check_measured(readers[path.suffix](path))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def check_measured(measured: pd.DataFrame) -> pd.DataFrame:
-    """Check measurements, and give each its tile in words and its time.
+    """Check measurements, and give each its tile in words and the types of a row.
 
     Args:
         measured: a row per measurement: kernel, target, tile (or block_m, block_n,
@@ -339,10 +348,9 @@ def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
         ranked: its alternatives, as `rank` gives them.
         base: its row.
     """
-    blocks = "x".join(str(base[name]) for name in _BLOCKS[:3])
-    shared = f"/{base['split_k']}" if base["split_k"] > 1 else ""
+    tile = Tile(*(base[name] for name in _BLOCKS))
     stages = _counted(base["num_stages"], "stage")
-    what = f"{base['kernel']} {blocks}{shared}, {_counted(base['num_warps'], 'warp')}, {stages}"
+    what = f"{base['kernel']} {tile}, {_counted(base['num_warps'], 'warp')}, {stages}"
     if not _missing(base["async_copy"]):
         what += f", async copy {'on' if base['async_copy'] else 'off'}"
     what += f", on {base['target']}"

@@ -213,12 +213,13 @@ def advise(
             m=m or ("8704" if tile else "all"),
             **same,
         )
+        neighbours = [plan.alternatives(one, keep) for one in asked]
         answers = sweep_.run(asked, store, jobs=jobs)
         for first, *others in advice.tilings(answers):
             base = answers.iloc[first]
             near = []
             if always or base["status"] != "ok":
-                near = [asked[first], *plan.alternatives(asked[first], keep)]
+                near = [asked[first], *neighbours[first]]
             chosen = advice.shortlist(sweep_.run(near, store, jobs=jobs), base)
             near = [near[at] for at in chosen]
             ranked = advice.rank(sweep_.run(near, store, full=True, jobs=jobs), base, times)
@@ -229,8 +230,7 @@ def advise(
             ]
             fits = sweep_.run(held, store, jobs=jobs)["status"].eq("ok").to_numpy(bool)
             fits = fits.reshape(len(shown), len(others)).all(axis=1)
-            ranked = ranked.drop(shown[~fits])
-            _propose(base, ranked, top, as_json)
+            _propose(base, ranked.drop(shown[~fits]), fits.sum(), as_json)
     except ParameterError as error:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError) as error:

@@ -80,7 +80,7 @@ def test_specs_know_the_standard_library_alone():
     assert tops <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("reader", ["records", "tables", "plots", "targets", "problems"])
+@pytest.mark.parametrize("reader", ["records", "tables", "plots", "advice", "targets", "problems"])
 def test_what_reads_rows_needs_nothing_that_measures(reader):
     forbidden = {"compiler", "sweep", "plan"} | {name for name in MODULES if "kernels" in name}
     assert reached(reader) & forbidden == set()
@@ -120,7 +120,8 @@ def test_importing_moelab_loads_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "records", "tables", "plots", "targets", "problems", "plan", "report"]
+    "module",
+    ["cli", "records", "tables", "plots", "advice", "targets", "problems", "plan", "report"],
 )
 def test_reading_and_planning_load_neither_torch_nor_triton(module):
     assert {"torch", "triton"} & loaded(f"moelab.{module}") == set()

@@ -311,3 +311,104 @@ def test_the_settings_are_two_stages_and_one_where_a_policy_made_it_so():
             "fused_gemm_afp4wfp4_a16w16": m == 64 or m > 256,
         }.get(kernel, True)
         assert settings == (two | {(1, True)} if became_one else two)
+
+
+# Alternatives.
+
+(SEED,) = plan.grid(
+    kernels="moe_gemm_a8w4",
+    targets="gfx950",
+    tiles="128x512x256",
+    warps=8,
+    stages=2,
+    async_copy="on",
+)
+
+
+def settings(configuration):
+    """What alternatives may change, by name."""
+    parts = {**vars(configuration.tile), **vars(configuration)}
+    return {name: parts[name] for name in plan.CHANGED}
+
+
+def differs(configuration, base=SEED):
+    """What a configuration changes of another."""
+    before = settings(base)
+    return {name: to for name, to in settings(configuration).items() if to != before[name]}
+
+
+def test_the_neighbours_of_the_seed_are_the_changes_that_people_try():
+    found = [differs(c) for c in plan.alternatives(SEED)]
+    for wanted in (
+        {"num_stages": 1},
+        {"block_k": 128},
+        {"block_k": 64},
+        {"block_n": 256},
+        {"block_m": 64},
+        {"num_warps": 4},
+        {"num_warps": 16},
+        {"async_copy": False},
+        {"num_stages": 1, "block_k": 512},
+        {"num_stages": 3, "block_k": 128},
+        {"block_k": 128, "async_copy": False},
+    ):
+        assert wanted in found
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_a_neighbour_differs_in_one_setting_or_two_and_is_there_once(stages):
+    (base,) = grid(kernels="moe_gemm_a8w4", tiles="128x512x256", warps=8, stages=stages)
+    found = plan.alternatives(base)
+    assert len(found) == len(set(found)) <= 60
+    for configuration in found:
+        assert 1 <= len(differs(configuration, base)) <= 2
+        assert (configuration.problem, configuration.target) == (base.problem, base.target)
+        assert configuration.num_stages >= 1
+
+
+def test_every_single_change_comes_before_those_as_far_in_two():
+    found = [differs(c) for c in plan.alternatives(SEED)]
+    assert found.index({"block_k": 64}) < found.index({"num_stages": 1, "block_k": 128})
+    near, far = {"num_stages": 1, "block_k": 128}, {"block_k": 64, "block_n": 256}
+    assert found.index(near) < found.index(far)
+
+
+def test_what_asks_for_more_lds_is_paid_for_by_the_other_half_of_a_step():
+    for changes in map(differs, plan.alternatives(SEED)):
+        deeper = changes.get("num_stages", 0) > SEED.num_stages
+        longer = changes.get("block_k", 0) > SEED.tile.block_k
+        if len(changes) == 2 and (deeper or longer):
+            assert set(changes) == {"num_stages", "block_k"}
+            assert deeper != longer
+
+
+def test_the_furthest_are_left_out_first():
+    assert plan.alternatives(SEED, most=7) == plan.alternatives(SEED)[:7]
+
+
+@pytest.mark.parametrize("keep", ["async_copy,block_m", ["async_copy", "block_m"]])
+def test_what_is_kept_stays(keep):
+    found = plan.alternatives(SEED, keep)
+    assert {name for c in found for name in differs(c)} == {*plan.CHANGED} - {
+        "async_copy",
+        "block_m",
+    }
+
+
+def test_what_is_kept_must_be_something_that_changes():
+    with pytest.raises(ParameterError, match=r"did you mean 'block_k'.*num_stages, block_k"):
+        plan.alternatives(SEED, "blockk")
+
+
+@pytest.mark.parametrize("base", [grid(targets="sm_90", stages=2), grid(async_copy="off")])
+def test_async_copy_is_not_touched_where_it_is_off_or_has_no_switch(base):
+    assert not any("async_copy" in differs(c, base[0]) for c in plan.alternatives(base[0]))
+
+
+def test_no_block_gets_smaller_than_what_matrix_units_multiply_and_none_of_split_k_changes():
+    (base,) = grid(tiles="8x32x32/4", kernels="fused_gemm_afp4wfp4_a16w16", stages=1)
+    for configuration in plan.alternatives(base):
+        changes = differs(configuration, base)
+        assert all(changes.get(name, 16) >= 16 for name in ("block_m", "block_n", "block_k"))
+        assert "block_m" not in changes
+        assert configuration.tile.split_k == 4
