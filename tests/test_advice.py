@@ -115,6 +115,15 @@ def test_padding_is_paid():
     assert cost("128x128x256", few) > 1.2 * cost("16x128x256", few)
 
 
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w8", "moe_gemm_a8w4", "moe_gemm_a4w4"])
+def test_steps_too_short_for_the_wide_instructions_of_gfx950_multiply_slower(kernel):
+    lone = {"kernel": kernel, "num_stages": 4}
+    short, wide = (cost(f"128x512x{k}", **lone) for k in (64, 128))
+    assert short > 1.15 * wide
+    on = {"target": "sm_90", "async_copy": None}
+    assert cost("128x256x64", **lone, **on) <= cost("128x256x128", **lone, **on)
+
+
 def test_warps_that_leave_simds_idle_multiply_slower():
     lone = {"num_stages": 4, "workgroups_per_cu": 1}
     assert cost(num_warps=2, **lone) > 1.5 * cost(num_warps=4, **lone)
