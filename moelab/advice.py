@@ -330,14 +330,14 @@ def rank(
     fits = (rows["status"] == "ok") & (rows["mode"] == "full")
     table = tables.labelled(rows[fits])
     of_rows = table.to_dict("records")
-    changes = [changed(row, base) for row in of_rows]
+    changes = [", ".join(changed(row, base)) or UNCHANGED for row in of_rows]
     cost = pd.Series([expected_cost(row) for row in of_rows], table.index, dtype=float)
     time_us = pd.Series(math.nan, table.index)
     if measured is not None:
         time_us = _measured_us(table, measured)
     by = pd.Series("expected", table.index).where(cost.notna(), "nearness")
     table = table.assign(
-        changed=[", ".join(words) or UNCHANGED for words in changes],
+        changed=pd.Series(changes, table.index, dtype="string"),
         free_bytes=table["lds_limit"] - table["lds_bytes"],
         expected_cost=cost / cost.min(),
         measured_time_us=time_us,
@@ -346,6 +346,18 @@ def rank(
     # The formula tells no tenth from the next: there the nearer comes first, as rows do.
     order = table[["measured_time_us", "expected_cost"]].round({"expected_cost": 1})
     return table.loc[order.sort_values([*order], kind="stable").index]
+
+
+def first(ranked: pd.DataFrame, base: Mapping[str, Any], top: int) -> pd.DataFrame:
+    """Take the first ``top`` rows, and fewer stages alone, the quick fix, wherever it comes."""
+    fix = ranked.index.isin(_fewer_stages(ranked, base).index[:1])
+    fix[:top] = True
+    return ranked[fix]
+
+
+def _fewer_stages(ranked: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFrame:
+    alone = ranked["changed"].str.fullmatch(r"stages \d+ -> \d+")
+    return ranked[alone & (ranked["num_stages"] < base["num_stages"])]
 
 
 def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
@@ -373,9 +385,7 @@ def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
     if best["changed"] == UNCHANGED:
         return f"{said} No neighbour comes before it."
     said += f" First choice: {_proposed(best)}."
-    # The quick fix, which costs the most where the pipeline matters.
-    alone = ranked["changed"].str.fullmatch(r"stages \d+ -> \d+")
-    fewer = ranked[alone & (ranked["num_stages"] < base["num_stages"])]
+    fewer = _fewer_stages(ranked, base)
     if len(fewer) and fewer.index[0] != ranked.index[0]:
         said += f" Fewer stages alone: {_proposed(fewer.iloc[0])}."
     return said

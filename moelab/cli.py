@@ -161,7 +161,12 @@ def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
 @click.option("--tp", help="Tensor parallelism; if not given, all, or with --tile 1.")
 @click.option("--m", help="Tokens before top-k; if not given, all, or with --tile 8704.")
 @click.option("--keep", help="What must stay: num_stages, block_k, block_n, ..., async_copy.")
-@click.option("--top", default=8, type=click.IntRange(min=1), help="Alternatives to show of each.")
+@click.option(
+    "--top",
+    default=8,
+    type=click.IntRange(min=1),
+    help="Alternatives of each to show; fewer stages alone is shown too.",
+)
 @click.option("--all", "always", is_flag=True, help="Give what fits its alternatives too.")
 @click.option(
     "--measured",
@@ -223,28 +228,29 @@ def advise(
             chosen = advice.shortlist(sweep_.run(near, store, jobs=jobs), base)
             near = [near[at] for at in chosen]
             ranked = advice.rank(sweep_.run(near, store, full=True, jobs=jobs), base, times)
+            shown = advice.first(ranked, base, top)
             # What is proposed for a tile must fit every launch that has it.
-            shown = ranked.index[:top]
             held = [
-                replace(near[at], problem=asked[other].problem) for at in shown for other in others
+                replace(near[at], problem=asked[other].problem)
+                for at in shown.index
+                for other in others
             ]
             fits = sweep_.run(held, store, jobs=jobs)["status"].eq("ok").to_numpy(bool)
-            fits = fits.reshape(len(shown), len(others)).all(axis=1)
-            _propose(base, ranked.drop(shown[~fits]), fits.sum(), as_json)
+            _propose(base, shown[fits.reshape(len(shown), len(others)).all(axis=1)], as_json)
     except ParameterError as error:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 
-def _propose(base: pd.Series, ranked: pd.DataFrame, top: int, as_json: bool) -> None:
-    """Print a configuration and the first of its alternatives."""
+def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:
+    """Print a configuration and its alternatives."""
     import pandas as pd
 
     from . import advice, tables
 
     if as_json:
-        rows = pd.concat([tables.labelled(base.to_frame().T), ranked[:top]])
+        rows = pd.concat([tables.labelled(base.to_frame().T), ranked])
         rows = rows.drop(columns=tables.ASYNC_COPY)
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
         return
@@ -254,7 +260,7 @@ def _propose(base: pd.Series, ranked: pd.DataFrame, top: int, as_json: bool) -> 
         shown = ["changed", "tile", "num_warps", "num_stages", tables.ASYNC_COPY, "lds_bytes"]
         shown += ["free_bytes", "registers", "spilled_registers", "workgroups_per_cu"]
         shown += ["warps_per_simd", "expected_cost", "measured_time_us", "ordered_by"]
-        table = ranked[shown].dropna(axis="columns", how="all")[:top]
+        table = ranked[shown].dropna(axis="columns", how="all")
         click.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
     click.echo()
 

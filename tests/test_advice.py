@@ -364,6 +364,15 @@ def test_what_fits_and_changes_one_setting_is_compiled_then_the_cheapest():
 # The verdict.
 
 
+def test_the_quick_fix_is_shown_wherever_it_comes():
+    slow = ONE_STAGE | {"spilled_registers": 400}
+    ranked = advice.rank(frame(slow, SHORT, NARROW, row("128x128x128", num_stages=1)), BASE)
+    changes = ["block_k 256 -> 128", "stages 2 -> 1"]
+    assert advice.first(ranked, BASE, top=1)["changed"].tolist() == changes
+    assert advice.first(ranked, BASE, top=9).equals(ranked)
+    assert advice.first(ranked[:0], BASE, top=1).empty
+
+
 def test_the_verdict_has_the_bytes_the_first_choice_and_the_quick_fix():
     spilling = ONE_STAGE | {"spilled_registers": 104}
     said = advice.verdict(advice.rank(frame(spilling, SHORT), BASE), BASE)

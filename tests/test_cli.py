@@ -304,7 +304,9 @@ def test_advice_as_text_is_a_verdict_and_a_table(advised, no_workers):
     assert f"First choice: {found[0]['changed']}" in verdict
     assert problem == "Of GPT-OSS 120B, layer 1, TP 1, M 8704:"
     assert header.split()[0] == "changed"
-    for row, line in zip(found[:3], lines, strict=True):
+    # The quick fix comes last, for it was not among the first three.
+    (fix,) = [row for row in found if row["changed"] == "stages 2 -> 1"]
+    for row, line in zip([*found[:3], fix], lines, strict=True):
         assert " ".join(line.split()).startswith(f"{row['changed']} 128x512x")
 
 
