@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +211,120 @@ def _remarks(rows: pd.DataFrame) -> None:
     failed = rows[~rows["status"].isin(["ok", "out_of_lds", "out_of_tmem"])]
     for reason in failed["reason"].unique()[:3]:
         click.echo(f"\n{reason}", err=True)
+
+
+def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
+    """Give a command options that `sweep` has, ahead of its own."""
+
+    def give(command: click.Command) -> click.Command:
+        given = [option for option in sweep.params if option.name in names]
+        command.params = [*given, *command.params]
+        return command
+
+    return give
+
+
+@_as_sweep_has(
+    *("kernel", "target", "tile", "warps", "async_copy", "x_format", "y_format"),
+    *("scale_layout", "store", "jobs"),
+)
+@app.command()
+@click.option("--stages", default="2", help="Stage counts of what is asked about.")
+@click.option("--model", help="Models, or all; if not given, all, or with --tile the first.")
+@click.option("--layer", help="1, 2 or all; if not given, all, or with --tile 1.")
+@click.option("--tp", help="Tensor parallelism; if not given, all, or with --tile 1.")
+@click.option("--m", help="Tokens before top-k; if not given, all, or with --tile 8704.")
+@click.option(
+    "--launch",
+    type=click.Path(path_type=Path),
+    help="A LAUNCH.json, where --kernel is FILE.py:KERNEL; see `moelab lds`.",
+)
+@click.option("--keep", help="What must stay: num_stages, block_k, block_n, ..., async_copy.")
+@click.option(
+    "--top",
+    default=8,
+    type=click.IntRange(min=1),
+    help="Alternatives of each to show; fewer stages alone is shown too.",
+)
+@click.option("--all", "always", is_flag=True, help="Give what fits its alternatives too.")
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="Times to order by, .parquet or .csv: see moelab.advice.check_measured.",
+)
+@_as_json
+def advise(
+    kernel: str,
+    target: str,
+    tile: str | None,
+    model: str | None,
+    layer: str | None,
+    tp: str | None,
+    m: str | None,
+    launch: Path | None,
+    keep: str | None,
+    top: int,
+    always: bool,
+    measured: Path | None,
+    store: Path,
+    jobs: int | None,
+    as_json: bool,
+    **same: Any,
+) -> None:
+    """Name the nearest configurations that fit, in order of cost, without a GPU.
+
+    Without --tile, of every tile that the published rules choose for the kernel. Launches
+    that share a tile are asked as the one that needs the most LDS.
+
+    \b
+    Example:
+      moelab advise --kernel moe_gemm_a8w4 --target gfx950 --tile 128x512x256 --warps 8
+    """
+    from . import advice, plan, search
+
+    with _wrong_use():
+        times = None if measured is None else advice.read_measured(measured)
+        if launch is not None:
+            given = {name: same[name] for name in ("stages", "warps", "async_copy")}
+            asked: Sequence[Question] = plan.launches(kernel, launch, targets=target, **given)
+        else:
+            asked = plan.grid(
+                kernels=kernel,
+                targets=target,
+                tiles=tile,
+                models=model or (None if tile else "all"),
+                layers=layer or ("1" if tile else "all"),
+                tp=tp or ("1" if tile else "all"),
+                m=m or ("8704" if tile else "all"),
+                **same,
+            )
+        for base, ranked in search.propose(
+            asked, store, keep=keep, top=top, always=always, measured=times, jobs=jobs
+        ):
+            _propose(base, ranked, as_json)
+
+
+def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:
+    """Print a configuration and its alternatives."""
+    import pandas as pd
+
+    from . import advice, tables
+
+    if as_json:
+        rows = pd.concat([tables.labelled(base.to_frame().T), ranked])
+        rows = rows.drop(columns=tables.ASYNC_COPY)
+        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        return
+    click.echo(advice.verdict(ranked, base))
+    if len(ranked):
+        if not pd.isna(base["model"]):
+            click.echo("Of {model}, layer {layer}, TP {tp}, M {m}:".format(**base))
+        shown = ["changed", "tile", "num_warps", "num_stages", tables.ASYNC_COPY, "lds_bytes"]
+        shown += ["free_bytes", "registers", "spilled_registers", "workgroups_per_cu"]
+        shown += ["warps_per_simd", "expected_cost", "measured_time_us", "ordered_by"]
+        table = ranked[shown].dropna(axis="columns", how="all")
+        click.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    click.echo()
 
 
 @app.command()

@@ -8,8 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .specs import (
     KernelLaunch,
     Target,
     Tile,
+    compact,
 )
 from .targets import TARGETS
 
@@ -74,10 +74,10 @@ def grid(
     Raises:
         ParameterError: a value is not one of the right ones; the message lists them.
     """
-    kernel_names = _names("kernels", kernels, KERNELS)
-    target_names = _names("targets", targets, TARGETS)
+    kernel_names = named("kernels", kernels, KERNELS)
+    target_names = named("targets", targets, TARGETS)
     served = models in (None, "", "all")
-    model_names = [] if served else _names("models", models, problems.MODELS)
+    model_names = [] if served else named("models", models, problems.MODELS)
     given_tiles = _tilings(tiles, warps)
     shapes = itertools.product(
         _integers("layers", layers, problems.LAYERS),
@@ -87,9 +87,9 @@ def grid(
     stage_counts = _integers("stages", stages)
     formats = list(
         itertools.product(
-            _names("x_format", x_format, X_FORMATS) if x_format else [None],
-            _names("y_format", y_format, Y_FORMATS),
-            _names("scale_layout", scale_layout, SCALE_LAYOUTS),
+            named("x_format", x_format, X_FORMATS) if x_format else [None],
+            named("y_format", y_format, Y_FORMATS),
+            named("scale_layout", scale_layout, SCALE_LAYOUTS),
         )
     )
     configurations = []
@@ -152,13 +152,13 @@ def launches(
     for tuned in launches_.configurations(kernel, args):
         chosen = {**args, **tuned.args}
         launches_.bind(fn, chosen)
-        for target in _names("targets", targets, TARGETS):
+        for target in named("targets", targets, TARGETS):
             own = {**compiler.default_options(TARGETS[target]), **tuned.options, **options}
             schedule = ("num_warps", "num_stages")
             others = {n: v for n, v in {**tuned.options, **options}.items() if n not in schedule}
             found += [
                 KernelLaunch(
-                    kernel, _json(chosen), _json(others), num_warps, num_stages, switch, target
+                    kernel, compact(chosen), compact(others), num_warps, num_stages, switch, target
                 )
                 for num_warps in _integers("warps", warps or own["num_warps"], WARPS)
                 for num_stages in _integers("stages", stages or own["num_stages"])
@@ -166,10 +166,6 @@ def launches(
             ]
     # Configurations of an autotuner become alike where stages or warps are given.
     return list(dict.fromkeys(found))
-
-
-def _json(of: Mapping[str, object]) -> str:
-    return json.dumps(of, sort_keys=True, separators=(",", ":"))
 
 
 def aiter_tests(target: str = "gfx950") -> list[Configuration]:
@@ -233,8 +229,12 @@ def _list(parameter: str, value: object, kind: type) -> list:
         raise ParameterError(f"{parameter}: {error}") from None
 
 
-def _names(parameter: str, value: object, right: Collection[str]) -> list[str]:
-    """Read names, each one of the right ones."""
+def named(parameter: str, value: object, right: Collection[str]) -> list[str]:
+    """Read names, each one of the right ones.
+
+    Raises:
+        ParameterError: one is not; the message has the nearest, and all there are.
+    """
     names = _list(parameter, value, str)
     if names == ["all"]:
         return list(right)
@@ -297,7 +297,7 @@ def estimates_trial(
             _integers("block_k", block_k),
         )
     )
-    for kernel in _names("kernels", kernels, MOE_GEMMS):
+    for kernel in named("kernels", kernels, MOE_GEMMS):
         most_k = _MOST_BLOCK_K.get(kernel)
         for m, n, k in blocks:
             if m * n > _MOST_ELEMENTS or (most_k and k > most_k):

@@ -6,9 +6,11 @@ computes, a `Tile` and launch options say how, a `Target` says where.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -236,6 +238,11 @@ class Cost:
 AsyncCopy = bool | None | Literal["default"]
 
 
+# What may be changed of a question without another kernel or problem; block_m is also the
+# layout of the routing.
+SETTINGS = ("num_stages", "block_k", "block_n", "block_m", "num_warps", "async_copy")
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One question to the compiler."""
@@ -252,6 +259,17 @@ class Configuration:
         """Spell the question out, as rows do."""
         own = {name: value for name, value in vars(self).items() if name not in ("problem", "tile")}
         return own | vars(self.problem) | vars(self.tile)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Give its `SETTINGS` by name."""
+        asked = self.asked()
+        return {name: asked[name] for name in SETTINGS}
+
+    def with_settings(self, **settings: Any) -> Configuration:
+        """Change some of its `SETTINGS`."""
+        blocks = {name: settings.pop(name) for name in vars(self.tile) if name in settings}
+        return replace(self, tile=replace(self.tile, **blocks), **settings)
 
 
 @dataclass(frozen=True)
@@ -274,7 +292,35 @@ class KernelLaunch:
 
     def asked(self) -> dict[str, Any]:
         """Spell the question out, as rows do."""
-        return dict(vars(self))
+        blocks = {name: value for name, (_, value) in self._blocks().items()}
+        return blocks | ({"split_k": 1} if len(blocks) == 3 else {}) | vars(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Give its `SETTINGS` by name, those that there are."""
+        asked = self.asked()
+        return {name: asked[name] for name in SETTINGS if name in asked}
+
+    def with_settings(self, **settings: Any) -> KernelLaunch:
+        """Change some of its `SETTINGS`."""
+        args, blocks = json.loads(self.args), self._blocks()
+        for name in blocks.keys() & settings.keys():
+            args[blocks[name][0]] = settings.pop(name)
+        return replace(self, args=compact(args), **settings)
+
+    def _blocks(self) -> dict[str, tuple[str, int]]:
+        """Find the constants that are called as blocks are: ``BLOCK_M``, ``BLOCK_SIZE_K``."""
+        found = {}
+        for name, value in json.loads(self.args).items():
+            match = re.fullmatch(r"BLOCK_?(?:SIZE_?)?([MNK])", name, re.IGNORECASE)
+            if match and type(value) is int:
+                found[f"block_{match[1].lower()}"] = (name, value)
+        return found
+
+
+def compact(of: Mapping[str, Any]) -> str:
+    """Write JSON in one way only, so that equal launches are equal text."""
+    return json.dumps(of, sort_keys=True, separators=(",", ":"))
 
 
 Question = Configuration | KernelLaunch

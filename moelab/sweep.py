@@ -159,7 +159,7 @@ def _answered(
     timeout_s: float,
 ) -> list[dict[str, Any]]:
     """Answer with this process's Triton."""
-    questions = [_settled(question) for question in questions]
+    questions = [settled(question) for question in questions]
     known = {
         records.key(row): row
         for row in records.journalled(store)
@@ -214,7 +214,7 @@ def _bar(total: int, left: int, progress: bool) -> Iterator[Any]:
         )
 
 
-def _settled(question: Question) -> Question:
+def settled(question: Question) -> Question:
     """Say on or off where the question leaves async copy to the Triton that compiles."""
     if question.async_copy != "default":
         return question

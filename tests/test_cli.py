@@ -245,6 +245,151 @@ def test_a_store_that_cannot_be_written_is_an_error_in_one_line(no_workers, tmp_
     assert result.stderr.startswith("Error: ") and str(tmp_path / "store") in result.stderr
 
 
+# advise.
+
+SEED = [
+    *("advise", "--kernel", "moe_gemm_a8w4", "--target", "gfx950", "--tile", "128x512x256"),
+    *("--warps", "8", "--async-copy", "on", "--keep", "block_m,block_n,num_warps"),
+]
+
+
+@pytest.fixture(scope="module")
+def advised(tmp_path_factory):
+    """Advice on the tile that no longer launches, and its store."""
+    if not compiler.triton_version().startswith(("3.8.", "3.9.")):
+        pytest.skip(f"launches with Triton {compiler.triton_version()}, not with 3.8 and 3.9")
+    store = tmp_path_factory.mktemp("advised")
+    result = run(*SEED, "--json", "--top", "99", "--store", store)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()], store
+
+
+def test_advice_is_the_base_then_what_was_compiled_in_full_and_fits(advised):
+    (base, *found), store = advised
+    assert (base["num_stages"], base["mode"], base["changed"]) == (2, "lds", None)
+    kept = records.read(store)
+    for row in found:
+        assert (row["status"], row["mode"], row["method"]) == ("ok", "full", "full")
+        assert row["lds_bytes"] <= row["lds_limit"] == 163_840
+        assert row["triton"] == compiler.triton_version()
+        same = kept[(kept["compile_key"] == row["compile_key"]) & (kept["mode"] == "full")]
+        assert row["lds_bytes"] in set(same["lds_bytes"])
+        assert (row["block_m"], row["block_n"], row["num_warps"]) == (128, 512, 8)
+        assert row["expected_cost"] >= 1 and row["ordered_by"] == "expected"
+        assert row["measured_time_us"] is None
+    assert len({row["changed"] for row in found}) == len(found)
+
+
+def test_the_tile_that_no_longer_launches_gets_its_three_ways_back(advised):
+    (base, *found), _ = advised
+    assert (base["status"], base["lds_bytes"]) == ("out_of_lds", 210_880)
+    lds = {row["changed"]: row["lds_bytes"] for row in found}
+    assert lds["stages 2 -> 1"] == 65_536
+    assert lds["block_k 256 -> 128"] == 105_408
+    assert lds["async copy on -> off"] == 102_400
+
+
+def test_what_spills_is_not_the_first_choice(advised):
+    (_, *found), _ = advised
+    spilled = [row["spilled_registers"] for row in found]
+    assert spilled[0] == 0 < max(spilled)
+
+
+def test_advice_as_text_is_a_verdict_and_a_table(advised, no_workers):
+    (base, *found), store = advised
+    result = run(*SEED, "--store", store, "--top", "3")
+    assert result.exit_code == 0, result.output
+    verdict, problem, header, *lines = result.stdout.rstrip().splitlines()
+    assert f"{base['lds_bytes']:,} of 163,840 bytes" in verdict
+    assert f"First choice: {found[0]['changed']}" in verdict
+    assert problem == "Of GPT-OSS 120B, layer 1, TP 1, M 8704:"
+    assert header.split()[0] == "changed"
+    # The quick fix comes last, for it was not among the first three.
+    (fix,) = [row for row in found if row["changed"] == "stages 2 -> 1"]
+    for row, line in zip([*found[:3], fix], lines, strict=True):
+        assert " ".join(line.split()).startswith(f"{row['changed']} 128x512x")
+
+
+def test_advice_follows_measurements_where_there_are_some(advised, no_workers, tmp_path):
+    (_, *found), store = advised
+    last = found[-1]
+    names = ("kernel", "target", "tile", "num_warps", "num_stages", "async_copy", "m", "n", "k")
+    path = tmp_path / "times.csv"
+    path.write_text(f"{','.join(names)},time_us\n{','.join(str(last[n]) for n in names)},10\n")
+    result = run(*SEED, "--json", "--store", store, "--measured", path)
+    assert result.exit_code == 0, result.output
+    _, first, second, *_ = [json.loads(line) for line in result.stdout.splitlines()]
+    assert first["changed"] == last["changed"]
+    assert (first["measured_time_us"], first["ordered_by"]) == (10, "measured on gfx950")
+    assert second["ordered_by"] == "expected"
+
+
+def test_measurements_without_their_columns_are_an_error_before_anything_is_compiled(
+    no_workers, tmp_path
+):
+    path = tmp_path / "times.csv"
+    path.write_text("kernel,time_us\na,1\n")
+    result = run(*SEED, "--measured", path, "--store", tmp_path / "store")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{path}: measurements have no column target, num_warps" in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_without_a_tile_every_published_one_is_answered(tmp_path, monkeypatch):
+    """What has fewer than 128 rows, or one stage, fits; some of the rest in one launch alone."""
+
+    def answer(configurations, full, jobs, timeout_s):
+        for key, c in configurations.items():
+            large = c.tile.block_m == 128 and c.num_stages > 1
+            narrow = c.tile.block_n < 512 and c.problem.layer == 1
+            fits = not large or narrow
+            stamp = sweep._stamped("ok" if fits else "out_of_lds", None, TARGETS[c.target])
+            found = {"registers": 200, "spilled_registers": 0, "workgroups_per_cu": 1}
+            lds = {"lds_bytes": 100_000 if fits else 200_000 - c.problem.layer}
+            yield key, stamp | lds | (found if full else {})
+
+    monkeypatch.setattr(sweep, "_compile_all", answer)
+    given = ["advise", "--kernel", "moe_gemm_a8w4", "--target", "gfx950", "--json"]
+    result = run(*given, "--store", tmp_path, "--top", "99")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    bases = [row for row in rows if row["changed"] is None]
+    ruled = plan.grid(
+        kernels="moe_gemm_a8w4", targets="gfx950", models="all", layers="all", tp="all", m="all"
+    )
+    assert {row["tile"] for row in bases} == {str(c.tile) for c in ruled}
+    (out,) = [row for row in bases if row["status"] == "out_of_lds"]
+    assert (out["tile"], out["layer"]) == ("128x512x256", 1)
+    # Half as wide it fits in layer 1, which was asked, and not in layer 2: not proposed.
+    proposed = [row for row in rows if row["changed"] is not None]
+    assert proposed
+    assert all(row["block_m"] < 128 or row["num_stages"] == 1 for row in proposed)
+
+
+def test_what_fits_is_offered_alternatives_only_on_request(tmp_path, monkeypatch):
+    answer_all(monkeypatch, "ok")
+    given = ["advise", "--kernel", "moe_gemm_a8w8", "--target", "gfx950", "--tile", "16x64x64"]
+    given += ["--warps", "4", "--store", tmp_path, "--json"]
+    assert len(run(*given).stdout.splitlines()) == 1
+    rows = [json.loads(line) for line in run(*given, "--all").stdout.splitlines()]
+    assert len(rows) > 2 and "unchanged" in {row["changed"] for row in rows}
+
+
+def test_what_does_not_compile_is_told_in_the_compilers_words(tmp_path, monkeypatch):
+    answer_all(monkeypatch, "compile_error", "fp8e4nv not supported")
+    given = ["advise", "--kernel", "moe_gemm_a8w8", "--target", "sm_80", "--tile", "16x64x64"]
+    result = run(*given, "--warps", "4", "--store", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "compile_error: fp8e4nv not supported No neighbour" in result.stdout
+
+
+def test_a_wrong_value_of_advise_exits_2_with_the_right_ones(no_workers, tmp_path):
+    given = [*SEED[:-1], "blockk", "--store", tmp_path]
+    answer = run(*given)
+    assert answer.exit_code == 2
+    assert "did you mean 'block_k'?" in " ".join(answer.stderr.split())
+
+
 # Help.
 
 
@@ -274,7 +419,7 @@ def test_the_documented_example_of_sweep_is_a_valid_one(swept, no_workers):
 
 def test_help_lists_every_command_and_the_version_is_told():
     shown = run("--help").stdout
-    assert all(name in shown for name in ("sweep", "report", "targets", "doctor"))
+    assert all(name in shown for name in ("sweep", "advise", "report", "targets", "doctor"))
     assert "version" in run("--version").stdout
 
 

@@ -80,7 +80,10 @@ def test_specs_know_the_standard_library_alone():
     assert tops <= sys.stdlib_module_names
 
 
-READERS = ("records", "tables", "plots", "lds_map", "targets", "problems", "estimates", "upgrade")
+READERS = (
+    *("records", "tables", "plots", "lds_map", "targets", "problems", "estimates", "upgrade"),
+    "advice",
+)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -123,7 +126,7 @@ def test_importing_moelab_loads_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "module", [*READERS, "cli", "plan", "report", "exports", "launches", "toolchain"]
+    "module", [*READERS, "cli", "plan", "report", "exports", "launches", "toolchain", "search"]
 )
 def test_reading_and_planning_load_neither_torch_nor_triton(module):
     assert {"torch", "triton"} & loaded(f"moelab.{module}") == set()
