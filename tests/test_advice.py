@@ -199,10 +199,10 @@ def test_what_costs_the_same_is_ordered_by_nearness():
         assert ranked["num_warps"].tolist() == [first["num_warps"], second["num_warps"]]
 
 
-def test_without_a_cost_nearness_is_the_order_and_says_so():
+def test_without_a_cost_nearness_is_the_order_with_one_stage_as_the_last_resort():
     rows = [of | {"kernel": "somebodys_kernel"} for of in (ONE_STAGE, SHORT, NARROW)]
     ranked = advice.rank(frame(*rows), BASE | {"kernel": "somebodys_kernel"})
-    assert ranked["tile"].tolist() == ["128x512x256", "128x512x128", "128x256x256"]
+    assert ranked["tile"].tolist() == ["128x512x128", "128x256x256", "128x512x256"]
     assert set(ranked["ordered_by"]) == {"nearness"}
     assert ranked["expected_cost"].isna().all()
 

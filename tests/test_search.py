@@ -163,7 +163,7 @@ def test_what_fits_instead_of_anybodys_kernel_is_compiled_and_the_nearest_comes_
         warps=4,
         async_copy="off",
     )
-    ((base, ranked),) = search.propose(asked, tmp_path / "rows", keep=["num_warps"])
+    ((base, ranked),) = search.propose(asked, tmp_path / "rows", keep=["num_warps"], top=30)
     # Two copies of 64 x 128 and of 128 x 128, in bf16.
     assert (base["status"], base["lds_bytes"]) == ("out_of_lds", 2 * 2 * 128 * (64 + 128))
     assert list(ranked["changed"][:2]) == ["stages 3 -> 2", "block_k 128 -> 64"]
