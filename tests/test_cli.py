@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import compiler, plan, records, report, sweep
+from moelab import compiler, plan, records, report, sweep, toolchain
 from moelab.cli import app
 from moelab.kernels import KERNELS
 from moelab.problems import DENSE
@@ -245,6 +245,141 @@ def test_a_store_that_cannot_be_written_is_an_error_in_one_line(no_workers, tmp_
     assert result.stderr.startswith("Error: ") and str(tmp_path / "store") in result.stderr
 
 
+# Maps.
+
+
+def test_a_map_tells_which_buffer_takes_most_and_what_async_copy_added(tmp_path):
+    if not compiler.triton_version().startswith(("3.8.", "3.9.")):
+        pytest.skip(f"figures of Triton 3.8 and 3.9, not {compiler.triton_version()}")
+    given = [*EXAMPLE[:-4], "--stages", "2", "--async-copy", "on", "--store", tmp_path, "--map"]
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert (
+        "w takes 135,136 of 210,880 bytes: 2 stages of 67,568; async copy added one of them; "
+        "the whole is 47,040 more than the limit of 163,840.\n"
+    ) in result.stdout
+    assert "moe_gemm_a8w4 128x512x256, 8 warps, 2 stages, gfx950, async copy on" in result.stdout
+    (row,) = [json.loads(line) for line in run(*given, "--json").stdout.splitlines()]
+    assert [buffer[0] for buffer in json.loads(row["buffers"])["buffers"]][:3] == [
+        "x",
+        "w",
+        "w_scale",
+    ]
+
+
+# lds.
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def total(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=0))
+
+
+@triton.jit
+def wrong(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=7))
+"""
+LAUNCH = {"args": {"x_ptr": "*fp32:16", "out_ptr": "*fp32:16", "BLOCK": 1024}}
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """A file with kernels and a launch of them, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("sums.py").write_text(KERNEL)
+    Path("launch.json").write_text(json.dumps(LAUNCH))
+    return ("lds", "sums.py:total", "launch.json")
+
+
+def test_the_lds_of_a_kernel_in_a_file_is_a_line_per_row(kernel):
+    given = ["--target", "gfx950,sm_90", "--warps", "4,8", "--stages", "1"]
+    result = run(*kernel, *given, "--async-copy", "both", "--json")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    keys = ("target", "num_warps", "num_stages", "async_copy", "status")
+    assert [tuple(row[name] for name in keys) for row in rows] == [
+        ("gfx950", 4, 1, False, "ok"),
+        ("gfx950", 4, 1, True, "ok"),
+        ("gfx950", 8, 1, False, "ok"),
+        ("gfx950", 8, 1, True, "ok"),
+        ("sm_90", 4, 1, None, "ok"),
+        ("sm_90", 8, 1, None, "ok"),
+    ]
+    for row in rows:
+        assert (row["kernel"], row["triton"]) == ("sums.py:total", compiler.triton_version())
+        # A float of each warp.
+        assert row["lds_bytes"] == 4 * row["num_warps"]
+        assert row["lds_limit"] == TARGETS[row["target"]].lds_limit
+
+
+def test_without_json_it_is_a_table_with_registers_and_a_map_on_request(kernel):
+    result = run(*kernel, "--target", "gfx950", "--full", "--map")
+    assert result.exit_code == 0, result.output
+    header, line, *rest = result.stdout.splitlines()
+    assert "registers" in header.split() and "ok" in line.split()
+    assert "scratch of one operation" in "".join(rest)
+
+
+def test_what_the_compiler_rejects_is_told_on_stderr_and_the_rest_is_kept(kernel):
+    _, _, launch = kernel
+    result = run("lds", "sums.py:wrong", launch, "--target", "gfx950,sm_90")
+    assert result.exit_code == 0
+    assert result.stdout.count("compile_error") == 2
+    assert "axis" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "launch", "words"),
+    [
+        ("sums.py:totl", LAUNCH, "did you mean 'total'?"),
+        ("sum.py:total", LAUNCH, "sum.py: no such file"),
+        ("broken.py:total", LAUNCH, "broken.py can't be imported: ZeroDivisionError"),
+        ("sums.py:total", {"args": {"x_ptr": "*fp32"}}, "2 of 3 parameters are missing"),
+        ("sums.py:total", {"args": LAUNCH["args"] | {"x_ptr": "*fp33"}}, "did you mean '*fp32'?"),
+        ("sums.py:total", LAUNCH | {"options": {"num_warp": 4}}, "did you mean 'num_warps'?"),
+        ("sums.py:total", None, "launch.json: No such file"),
+    ],
+)
+def test_a_wrong_kernel_or_launch_exits_2_with_what_would_be_right(kernel, file, launch, words):
+    Path("broken.py").write_text("1 / 0")
+    Path("launch.json").unlink()
+    if launch is not None:
+        Path("launch.json").write_text(json.dumps(launch))
+    result = run("lds", file, "launch.json", "--target", "gfx950")
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert words in " ".join(result.stderr.split())
+    assert not Path("rows").exists()
+
+
+# Toolchains.
+
+
+def test_a_triton_that_is_not_there_exits_1_with_how_to_get_it(no_workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELAB_TOOLCHAINS", str(tmp_path))
+    result = run(*EXAMPLE, "--triton", "3.0.0", "--store", tmp_path / "rows")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "moelab toolchain install 3.0.0" in " ".join(result.stderr.split())
+
+
+def test_tritons_are_listed_set_side_by_side_and_removed(tmp_path, monkeypatch, pretend_triton):
+    monkeypatch.setenv("MOELAB_TOOLCHAINS", str(tmp_path / "toolchains"))
+    pretend_triton(toolchain.folder("99.1.0"), "99.1.0")
+    listed = [json.loads(line) for line in run("toolchain", "list", "--json").stdout.splitlines()]
+    assert [each["triton"] for each in listed] == [compiler.triton_version(), "99.1.0"]
+    given = ["sweep", "--kernel", "moe_gemm_a8w8", "--target", "sm_90", "--tile", "16x64x64"]
+    given += ["--warps", "4", "--stages", "1", "--store", tmp_path / "rows", "--json"]
+    result = run(*given, "--triton", "99.1.0", "--triton", compiler.triton_version())
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["triton"] for row in rows] == ["99.1.0", compiler.triton_version()]
+    assert run("toolchain", "remove", "99.1.0").exit_code == 0
+    assert len(run("toolchain", "list").stdout.splitlines()) == 1
+
+
 # advise.
 
 SEED = [
@@ -419,7 +554,7 @@ def test_the_documented_example_of_sweep_is_a_valid_one(swept, no_workers):
 
 def test_help_lists_every_command_and_the_version_is_told():
     shown = run("--help").stdout
-    assert all(name in shown for name in ("sweep", "advise", "report", "targets", "doctor"))
+    assert all(name in shown for name in app.commands)
     assert "version" in run("--version").stdout
 
 
