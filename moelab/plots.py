@@ -412,7 +412,7 @@ def lds_map(told: Told) -> Figure:
     if any(buffer.padding_bytes for buffer in buffers):
         axis.bar(0, 0, color="white", hatch="//////", edgecolor=GREY, lw=0, label="padding")
     axis.legend(ncols=len(kinds) + 1, loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=_LABEL)
-    axis.set_title(f"{told.title}: {lds_bytes:,} bytes")
+    axis.set_title(f"{told.title}: {lds_bytes:,} bytes", fontsize=10)
     axis.set_xlabel("program order (operations)")
     axis.set_ylabel("offset (KiB)")
     return figure
