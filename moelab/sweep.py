@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -375,9 +376,12 @@ def _reason(message: str, log: Path) -> str:
     """Join what was raised with what the compiler printed as errors."""
     printed = log.read_text(errors="replace").splitlines() if log.exists() else []
     errors = [line.strip() for line in printed if "error" in line.lower()] or printed[-5:]
-    # The frontend quotes the whole kernel before it comes to the point.
+    # The frontend quotes the whole kernel before it comes to the point, ptxas all of its input.
     lines = [line for line in message.splitlines() if line.strip(" ^")]
-    point = lines if len(lines) <= 4 else [lines[0], "...", *lines[-2:]]
+    point = lines
+    if len(lines) > 4:
+        wrong = [line for line in lines[1:-2] if re.search(r"\berror\b", line)]
+        point = [lines[0], "...", *wrong[:2], *lines[-2:]]
     text = "\n".join([*point, *dict.fromkeys(errors[:3])])
     return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 3] + "..."
 
@@ -398,9 +402,11 @@ def _die_with(parent: int) -> None:
 
 
 def _compile_one(question: Question, mode: str, log: Path) -> dict[str, Any]:
-    """Answer in a worker, whose stderr is the compiler's diary."""
+    """Answer in a worker, whose stdout and stderr are the compiler's diary."""
     with log.open("w") as diary:
-        os.dup2(diary.fileno(), sys.stderr.fileno())
+        # Where ptxas fails, Triton prints all of its input to stdout.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(diary.fileno(), stream.fileno())
         return answer(question, mode)
 
 

@@ -282,6 +282,13 @@ def total(x_ptr, out_ptr, BLOCK: tl.constexpr):
 @triton.jit
 def wrong(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=7))
+
+
+@triton.jit
+def assembly(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    x = tl.inline_asm_elementwise("bogus $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    tl.store(x_ptr + tl.arange(0, BLOCK), x)
 """
 LAUNCH = {"args": {"x_ptr": "*fp32:16", "out_ptr": "*fp32:16", "BLOCK": 1024}}
 
@@ -330,6 +337,19 @@ def test_what_the_compiler_rejects_is_told_on_stderr_and_the_rest_is_kept(kernel
     assert result.exit_code == 0
     assert result.stdout.count("compile_error") == 2
     assert "axis" in result.stderr
+
+
+def test_what_the_assembler_rejects_is_told_in_its_words_and_stdout_stays_clean(kernel):
+    """In a process of its own: what compiles prints past Python."""
+    given = ["sums.py:assembly", "launch.json", "--target", "gfx950,sm_90", "--full", "--json"]
+    result = subprocess.run(
+        [Path(sys.executable).with_name("moelab"), "lds", *given], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    amd, nvidia = [json.loads(line) for line in result.stdout.splitlines()]
+    assert amd["status"] == nvidia["status"] == "compile_error"
+    assert "invalid instruction" in amd["reason"]
+    assert "'bogus'" in nvidia["reason"]
 
 
 @pytest.mark.parametrize(
