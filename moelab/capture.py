@@ -58,6 +58,9 @@ STATUSES = {
     "failed": "a test, or the command itself, ended in an error of its own",
 }
 
+# Of a reason's first line, in a table.
+_REASON_CHARACTERS = 90
+
 _LAUNCHED = tuple(records.STATUSES)
 
 
@@ -302,3 +305,51 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(list(rows), columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Show launches as lines that can be read, and below them what was not told."""
+    launched = rows["status"].isin(_LAUNCHED)
+    reasons = rows["reason"].str.split("\n").str[0].str.slice(0, _REASON_CHARACTERS)
+    counts = rows.assign(tests=rows["tests"].map(len), reason=reasons)
+    parts = []
+    for part, columns in (
+        (
+            counts[launched],
+            "kernel launched_from launches tests configs num_warps num_stages async_copy "
+            "lds_bytes lds_limit status",
+        ),
+        (counts[~launched], "status launched_from launches tests reason"),
+    ):
+        if len(part):
+            shown = part[columns.split()].rename(columns={"launched_from": "from"})
+            parts.append(shown.to_string(index=False, na_rep="-"))
+    return "\n\n".join(parts)
+
+
+def summary(captured: Capture) -> str:
+    """Say in a few lines what was launched, what does not fit, and what was not told."""
+    launched, unfit = captured.launched, captured.unfit
+    lines = [
+        f"{sum(row['launches'] for row in launched)} launches of "
+        f"{len({row['kernel'] for row in launched})} kernels, {len(launched)} distinct; "
+        f"the command took {captured.run_s:.1f} s and ended with {captured.exit_code}, "
+        f"the compiler {captured.compile_s:.1f} s."
+    ]
+    refused: dict[str, int] = defaultdict(int)
+    for row in unfit:
+        refused[f"{row['launched_from']} ({row['status']})"] += row["launches"]
+    tried = sum(row["status"] != "ok" for row in launched) - len(unfit)
+    lines.append(
+        "Launches that do not fit: "
+        + (", ".join(f"{count} at {line}" for line, count in refused.items()) or "none")
+        + (f"; {tried} configurations that were only tried." if tried else ".")
+    )
+    for status, what in (
+        ("not_captured", "Not told without a GPU"),
+        ("stopped", "Tests or scripts that stopped there"),
+        ("failed", "Tests or scripts that failed on their own"),
+    ):
+        if count := sum(row["launches"] for row in captured.rows if row["status"] == status):
+            lines.append(f"{what}: {count}.")
+    return "\n".join(lines)

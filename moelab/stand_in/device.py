@@ -58,6 +58,7 @@ def install(target: Target) -> None:
         "empty_cache": None,
     }.items():
         setattr(torch.accelerator, name, _always(answer))
+    torch.Stream, torch.Event = _Stream, _Event  # type: ignore[misc, assignment]
     torch.Generator = _generator()  # type: ignore[misc]
     torch.testing.assert_close = _compare_nothing(torch.testing.assert_close)
     _describe(FakeTensor)
@@ -97,6 +98,15 @@ def _describe(fake: Any) -> None:
         return lambda *_, **__: recorder.refuse(f"values were read ({name})")
 
     fake.__torch_dispatch__ = classmethod(named_for_cpp)
+    # The same where the fake tensors' mode is entered.
+    handlers = fake_tensor._DISPATCH_META_HANDLERS
+    fake_device = handlers[torch.ops.prim.device.default]
+
+    def named_for_cpp_in_mode(args: Any) -> Any:
+        found = fake_device(args)
+        return there if found.type == "cuda" else found
+
+    handlers[torch.ops.prim.device.default] = named_for_cpp_in_mode
     fake.is_cuda = property(lambda tensor: tensor.device.type == "cuda")
     fake.is_cpu = property(lambda tensor: tensor.device.type == "cpu")
     fake.data_ptr = address
@@ -118,12 +128,15 @@ def _modes() -> None:
     )
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+    from torch.utils._pytree import tree_leaves, tree_map_only
 
     here, there = torch.device("cuda", 0), torch.device(_NAME, 0)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     aten = torch.ops.aten
     comparisons = {aten.equal.default: "torch.equal", aten.allclose.default: "torch.allclose"}
+
+    def faked_once(tensor: Any) -> Any:
+        return tensor if isinstance(tensor, FakeTensor) else fakes.from_tensor(tensor)
 
     def translated(value: Any) -> Any:
         if isinstance(value, torch.device):
@@ -139,6 +152,9 @@ def _modes() -> None:
             kwargs = kwargs or {}
             if func is torch.Tensor.cuda:
                 return args[0].to(there)
+            if func is torch.Tensor.new_tensor and args[0].is_cuda:
+                given = {"dtype": args[0].dtype, "device": here} | kwargs
+                return torch.tensor(*args[1:], **given)
             if func is torch.Tensor.pin_memory:
                 return args[0]
             if func is torch.Tensor.record_stream:
@@ -172,8 +188,11 @@ def _modes() -> None:
             kwargs.pop("pin_memory", None)
             if isinstance(kwargs.get("generator"), torch.Generator):
                 kwargs = {**kwargs, "generator": None}
-            if faked and func is not torch.ops.prim.device.default:
-                _refuse_to_write(func, args, kwargs, FakeTensor)
+            if func is not torch.ops.prim.device.default:
+                if faked:
+                    _refuse_to_write(func, args, kwargs, FakeTensor)
+                # Else the mode takes real ones for constants, and would move their values.
+                args, kwargs = tree_map_only(torch.Tensor, faked_once, (args, kwargs))
             try:
                 if made_there:
                     with fakes:

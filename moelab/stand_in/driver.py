@@ -53,14 +53,17 @@ def _do_compile(
     from .. import targets
 
     kernels, _, gpu, backend, _ = self.device_caches[device]
-    name = f"{self.fn.__module__}:{self.fn.__qualname__}"
+    name = self.fn.__qualname__
+    if name.rpartition(".")[2] != self.fn.__name__:
+        # Made from text, in some function's name.
+        name = self.fn.__name__
     target = next(
         one
         for one in targets.TARGETS.values()
         if (one.backend, one.arch) == (gpu.backend, gpu.arch)
     )
     said = {
-        "kernel": name,
+        "kernel": f"{self.fn.__module__}:{name}",
         "target": target.name,
         "triton": compiler.triton_version(),
         "num_warps": options.num_warps,
@@ -71,7 +74,7 @@ def _do_compile(
     try:
         made = compiler.frontend(compiler.bound_launch(source, options, backend, target, None))
     except Exception as error:
-        refused = recorder.keep(said | {"error": f"{type(error).__name__}: {error}"})
+        refused = recorder.keep(said | {"error": _chain(error)})
         _launched(refused)
         raise
     kept = recorder.keep(
@@ -87,6 +90,15 @@ def _do_compile(
     if warmup:
         recorder.event("launch", keys=[kept], times=0)
     return kernel
+
+
+def _chain(error: BaseException) -> str:
+    """Say what was raised, and at the end what it came from: the frontend wraps errors."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    said = f"{type(error).__name__}: {error}"
+    return said if root is error else f"{said}\n{type(root).__name__}: {root}"
 
 
 def _launched(key: str) -> None:

@@ -20,6 +20,10 @@ from typing import Any, NoReturn
 from ..specs import CapturedLaunch
 
 
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
+
+
 class NotCaptured(Exception):
     """The process asked for something that only a GPU could have told."""
 
@@ -143,22 +147,17 @@ def here() -> str:
 
 def _outside(frames: list[FrameType]) -> str | None:
     """Name the first frame, innermost first, of code that somebody wants to hear about."""
-    inside = (os.path.dirname(__file__), sysconfig.get_path("stdlib"))
-    named = [_home(name) for name in ("torch", "triton")]
-    ours = tuple(path + os.sep for path in (*inside, *named) if path)
-    packages = sysconfig.get_path("purelib") + os.sep
+    here = os.path.dirname(__file__)
+    inside = (here + os.sep, os.path.join(os.path.dirname(here), "compiler.py"))
     for frame in frames:
         path = frame.f_code.co_filename
-        installed = path.startswith(packages) and not path.startswith(tuple(filter(None, named)))
-        if path.startswith("<") or (path.startswith(ours) and not installed):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        # The standard library lies in front of what is installed.
+        standard = path.startswith(_STANDARD) and not path.startswith(_INSTALLED)
+        if package in ("torch", "triton") or path.startswith(("<", *inside)) or standard:
             continue
         return f"{_short(path)}:{frame.f_lineno}"
     return None
-
-
-def _home(package: str) -> str | None:
-    module = sys.modules.get(package)
-    return os.path.dirname(module.__file__) if module and module.__file__ else None
 
 
 def _short(path: str) -> str:
