@@ -210,6 +210,16 @@ def _modes() -> None:
     Functions().__enter__()
     Dispatch().__enter__()
 
+    swap = torch.utils.swap_tensors
+
+    def swap_forgotten(one: Any, other: Any) -> None:
+        # `Module.to` swaps fake parameters, which may have no weak references: a memo of the
+        # fake tensors' mode holds one, of use to nobody but compilers.
+        fakes.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        swap(one, other)
+
+    torch.utils.swap_tensors = swap_forgotten
+
 
 def _plain(func: Any) -> str:
     """Name an operator as scripts write it."""
@@ -331,8 +341,8 @@ def _cuda(target: Target) -> dict[str, Any]:
             "ExternalStream": _Stream,
             "Event": _Event,
             "stream": _Stream.current,
-            "CUDAGraph": lambda *_, **__: recorder.refuse("a graph was recorded (CUDAGraph)"),
-            "graph": lambda *_, **__: recorder.refuse("a graph was recorded (cuda.graph)"),
+            "CUDAGraph": _Graph,
+            "graph": _Graph,
         }
     )
 
@@ -403,3 +413,10 @@ class _Event:
     def elapsed_time(self, end: Any) -> float:
         """Tell no time."""
         return float("nan")
+
+
+class _Graph:
+    """Refuses to record a graph: replaying it would launch nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        recorder.refuse("a graph was recorded (CUDAGraph)")
