@@ -276,7 +276,13 @@ def _generator() -> Any:
 
     class Generator(torch.Generator):
         def __new__(cls, device: Any = "cpu") -> Any:
-            return super().__new__(cls, "cpu")
+            generator = super().__new__(cls, "cpu")
+            generator.there = torch.device(device).type == "cuda"
+            return generator
+
+        @property
+        def device(self) -> Any:
+            return torch.device("cuda", 0) if self.there else torch.device("cpu")
 
     return Generator
 
