@@ -132,9 +132,8 @@ def run(
         exit_code = _run(command, target, Path(folder))
         ran = time.monotonic()
         events = list(_events(Path(folder)))
-        kept = {
-            path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.launch"))
-        }
+        files = sorted(Path(folder).glob("*.launch"))
+        kept = {file.stem: json.loads(file.read_text()) for file in files}
     answers = _answers(kept, async_copy, jobs, timeout_s, progress)
     rows = [*_launches(events, kept, answers), *_untold(events, target)]
     return Capture(rows, exit_code, ran - began, time.monotonic() - ran)
@@ -243,8 +242,8 @@ def _answers(
 
 def _launches(
     events: Iterable[Mapping[str, Any]],
-    kept: Mapping[str, Mapping[str, Any]],
-    answers: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, dict[str, Any]],
+    answers: Mapping[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Make a row of every kernel that was launched, or tried, from a line.
 

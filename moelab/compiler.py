@@ -138,6 +138,13 @@ def triton_version() -> str:
     return triton.__version__
 
 
+def static_assertion() -> type[Exception]:
+    """Name what Triton's frontend raises where a kernel refuses its constants."""
+    from triton.compiler.errors import CompileTimeAssertionFailure
+
+    return CompileTimeAssertionFailure
+
+
 def gpu_target(target: Target) -> Any:
     """Name a target as Triton does."""
     from triton.backends.compiler import GPUTarget

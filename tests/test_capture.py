@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +14,7 @@ from moelab.specs import Configuration, Problem, Source, TensorSpec, Tile
 from moelab.stand_in import recorder
 from moelab.targets import TARGETS
 
-KERNELS = '''
+KERNELS = """
 import triton
 import triton.language as tl
 
@@ -42,9 +41,9 @@ def copy(x, y, n, BLOCK: tl.constexpr):
 @triton.jit
 def wrong(x, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK < 0, "no block is negative")
-'''
+"""
 
-SCRIPT = '''
+SCRIPT = """
 import torch, triton
 from kernels import copy, matmul, wrong
 
@@ -54,8 +53,9 @@ out = torch.empty(256, 256, device="cuda")
 assert x.is_cuda and x.device.type == "cuda" and torch.cuda.is_available()
 assert torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx950")
 
+tile = 256, 256, 128
 for stages in (1, 3, 4):
-    matmul[lambda meta: (1,)](x, x, out, 256, 256, 256, 256, 128, num_stages=stages, num_warps=8)  # stages
+    matmul[lambda meta: (1,)](x, x, out, 256, 256, *tile, num_stages=stages, num_warps=8)  # stages
 
 copy[(1,)](x, y, 256, BLOCK=256)  # aligned
 copy[(1,)](x[1:], y, 256, BLOCK=256)  # view
@@ -84,7 +84,7 @@ torch.testing.assert_close(x, y)  # assert_close
 print("torch", torch.zeros(3).sum().item(), ms)
 if out.sum().item() > 0:  # item
     copy[(1,)](x, y, 256, BLOCK=1024)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,68 @@ def test_heuristics_benchmarks_and_warmups_are_followed(script):
     assert [row["launches"] for row in at(script, "warmup")] == [0], "compiled, not launched"
 
 
+WAYS = """
+import torch
+from kernels import copy
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.tools.tensor_descriptor import TensorDescriptor
+import triton, triton.language as tl
+
+def run(x, block):
+    y = torch.empty(x.shape, device="cuda")
+    copy[(1,)](x, y, x.numel(), BLOCK=block)
+    return y
+
+operator = torch.library.custom_op("ways::operator", mutates_args=())
+@operator
+def operator(x: torch.Tensor) -> torch.Tensor:
+    return run(x, 16)
+operator.register_fake(torch.empty_like)
+
+library = torch.library.Library("library", "DEF")
+library.define("operator(Tensor x) -> Tensor")
+library.impl("operator", lambda x: run(x, 32), "CUDA")
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return run(x, 64)
+    @staticmethod
+    def backward(ctx, grad):
+        return run(grad, 128)
+
+@triton.jit
+def described(d, out):
+    offs = tl.arange(0, 32)
+    tl.store(out + offs[:, None] * 64 + offs[None, :], d.load([0, 0]))
+
+@gluon.jit
+def in_gluon(x):
+    offs = gl.arange(0, 256, layout=gl.BlockedLayout([1], [64], [4], [0]))
+    gl.store(x + offs, gl.load(x + offs))
+
+x = torch.nn.Linear(64, 64).to("cuda").weight
+operator(x)
+torch.ops.library.operator(x)
+Function.apply(x * 2).sum().backward()
+assert x.grad.device == x.device
+described[(1,)](TensorDescriptor.from_tensor(x.detach(), [32, 32]), x)
+in_gluon[(1,)](x)
+with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode(), torch.device("cuda"):
+    torch.compile(lambda: run(torch.zeros(4), 256))()
+torch.cuda.synchronize()
+"""
+
+
+def test_launches_are_found_wherever_they_are_made(folder):
+    """In operators, backward passes and Gluon, with descriptors, on streams."""
+    found = captured(folder, WAYS, name="ways.py")
+    assert [row["status"] for row in found.rows] == ["ok"] * 7
+    launched = [row["kernel"].partition(":")[2] for row in found.rows]
+    assert sorted(launched) == ["copy"] * 5 + ["described", "in_gluon"]
+
+
 def test_what_the_frontend_rejects_has_its_words(script):
     (row,) = at(script, "wrong")
     assert (row["status"], row["launches"]) == ("compile_error", 1)
@@ -216,9 +278,7 @@ def test_what_only_a_gpu_can_tell_is_listed_with_its_line(script):
         ("not_captured", place("allclose")): "a comparison (torch.allclose)",
         ("not_captured", place("assert_close")): "a comparison (torch.testing.assert_close)",
         ("not_captured", place("item")): "values were read (item)",
-        ("stopped", place("item")): (
-            "NotCaptured: values were read (item): only a GPU could tell"
-        ),
+        ("stopped", place("item")): ("NotCaptured: values were read (item): only a GPU could tell"),
     }
     assert script.exit_code == 1
 

@@ -12,6 +12,7 @@ ordinary CPU build take part:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -60,6 +61,7 @@ def install(target: Target) -> None:
         setattr(torch.accelerator, name, _always(answer))
     torch.Stream, torch.Event = _Stream, _Event  # type: ignore[misc, assignment]
     torch.Generator = _generator()  # type: ignore[misc]
+    torch.library.Library.impl = _remember(torch.library.Library.impl)  # type: ignore[method-assign]
     torch.testing.assert_close = _compare_nothing(torch.testing.assert_close)
     _describe(FakeTensor)
     _modes()
@@ -75,11 +77,9 @@ def _describe(fake: Any) -> None:
     from torch._subclasses import fake_tensor
 
     there = torch.device(_NAME, 0)
-    dispatch = fake.__torch_dispatch__
+    dispatch: Any = fake.__torch_dispatch__
 
-    def named_for_cpp(
-        cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def named_for_cpp(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = dispatch(func, types, args, kwargs or {})
         if func is torch.ops.prim.device.default and found.type == "cuda":
             return there
@@ -99,7 +99,7 @@ def _describe(fake: Any) -> None:
 
     fake.__torch_dispatch__ = classmethod(named_for_cpp)
     # The same where the fake tensors' mode is entered.
-    handlers = fake_tensor._DISPATCH_META_HANDLERS
+    handlers: dict[Any, Any] = fake_tensor._DISPATCH_META_HANDLERS
     fake_device = handlers[torch.ops.prim.device.default]
 
     def named_for_cpp_in_mode(args: Any) -> Any:
@@ -113,7 +113,7 @@ def _describe(fake: Any) -> None:
     for name in ("numpy", "__array__", "__dlpack__"):
         setattr(fake, name, unreadable(name))
     # Nothing is to be initialized before a backward pass.
-    fake_tensor.init_gpu_context = _always(None)
+    setattr(fake_tensor, "init_gpu_context", _always(None))  # noqa: B010 (typed as a cache)
 
 
 def _modes() -> None:
@@ -194,10 +194,8 @@ def _modes() -> None:
                 # Else the mode takes real ones for constants, and would move their values.
                 args, kwargs = tree_map_only(torch.Tensor, faked_once, (args, kwargs))
             try:
-                if made_there:
-                    with fakes:
-                        return func(*args, **kwargs)
-                return func(*args, **kwargs)
+                with fakes if made_there else contextlib.nullcontext():
+                    return func(*args, **kwargs)
             except DataDependentOutputException:
                 reason = f"values were read ({_plain(func)})"
             except DynamicOutputShapeException:
@@ -205,7 +203,7 @@ def _modes() -> None:
             except UnsupportedOperatorException:
                 reason = f"an operator has no shape function ({func})"
             # Out here, so that tracebacks don't tell the way the refusal took.
-            recorder.refuse(reason)
+            return recorder.refuse(reason)
 
     Functions().__enter__()
     Dispatch().__enter__()
@@ -253,7 +251,25 @@ def _compare_nothing(compare: Callable[..., Any]) -> Callable[..., Any]:
     return compared
 
 
-@functools.cache
+# Python functions that libraries registered for operators of the device, by ``space::name``.
+_registered: dict[str, Callable[..., Any]] = {}
+
+
+def _remember(register: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a library's registration of a Python function one that is remembered."""
+
+    @functools.wraps(register)
+    def remembered(
+        library: Any, name: Any, function: Any, dispatch_key: str = "", **kwargs: Any
+    ) -> Any:
+        there = dispatch_key in ("", "CUDA", "CompositeExplicitAutograd")
+        if there and isinstance(name, str) and library.ns not in ("aten", "prims"):
+            _registered[f"{library.ns}::{name.rpartition('::')[2].partition('.')[0]}"] = function
+        return register(library, name, function, dispatch_key, **kwargs)
+
+    return remembered
+
+
 def _implementation(func: Any) -> Callable[..., Any] | None:
     """Find the Python function of an operator that a library registered for the device.
 
@@ -261,9 +277,10 @@ def _implementation(func: Any) -> Callable[..., Any] | None:
     """
     from torch._library.custom_ops import OPDEFS
 
-    definition = OPDEFS.get(func._schema.name)
+    name = func._schema.name
+    definition = OPDEFS.get(name)
     if definition is None:
-        return None
+        return _registered.get(name)
     for device in ("cuda", None):
         if device in definition._backend_fns:
             return definition._backend_fns[device]
@@ -274,15 +291,15 @@ def _generator() -> Any:
     """Make generators of the device, which has no values to draw, ones of the CPU."""
     import torch
 
-    class Generator(torch.Generator):
+    base: Any = torch.Generator
+
+    class Generator(base):
         def __new__(cls, device: Any = "cpu") -> Any:
-            generator = super().__new__(cls, "cpu")
-            generator.there = torch.device(device).type == "cuda"
+            generator = base.__new__(cls, "cpu")
+            generator.device = torch.device(device)
             return generator
 
-        @property
-        def device(self) -> Any:
-            return torch.device("cuda", 0) if self.there else torch.device("cpu")
+        device = None
 
     return Generator
 

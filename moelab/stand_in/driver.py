@@ -214,8 +214,6 @@ def _try_every_config(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     One launch is written down, with every configuration that could serve it.
     """
-    from triton.compiler.errors import CompileTimeAssertionFailure
-
     self.nargs = dict(zip(self.arg_names, args, strict=False))
     configs = self.prune_configs(kwargs) if len(self.configs) > 1 else self.configs
     tried: list[str] = []
@@ -229,7 +227,7 @@ def _try_every_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             self.pre_hook({**self.nargs, **given})
             try:
                 launched.append((config, self.fn.run(*args, **given)))
-            except CompileTimeAssertionFailure as error:
+            except compiler.static_assertion() as error:
                 # The autotuner passes over these, and over nothing else that a frontend raises.
                 refusal = error
     finally:

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 from ..specs import CapturedLaunch
 
-
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
 
