@@ -85,6 +85,20 @@ def _describe(fake: Any) -> None:
             return there
         return found
 
+    # What PyTorch's own Python makes in the mode is asked for by the name that C++ knows.
+    mode = fake_tensor.FakeTensorMode
+    in_mode = mode.__torch_dispatch__
+
+    def named_for_python(
+        self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(kwargs.get("device"), "type", None) == _NAME:
+            kwargs = {**kwargs, "device": torch.device("cuda", 0)}
+        return in_mode(self, func, types, args, kwargs)
+
+    mode.__torch_dispatch__ = named_for_python  # type: ignore[method-assign]
+
     def address(tensor: Any) -> int:
         # A view keeps its storage's address, and the alignment of its offset: allocators
         # align to 256 bytes and more. Storages lie 16 bytes apart at least in this process.
