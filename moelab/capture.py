@@ -323,6 +323,8 @@ def table(rows: pd.DataFrame) -> str:
     ):
         if len(part):
             shown = part[columns.split()].rename(columns={"launched_from": "from"})
+            if not shown["tests"].any():
+                shown = shown.drop(columns="tests")
             parts.append(shown.to_string(index=False, na_rep="-"))
     return "\n\n".join(parts)
 

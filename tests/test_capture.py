@@ -79,6 +79,15 @@ try:
     copy[(1,)](torch.zeros(256), y, 256, BLOCK=256)  # cpu
 except ValueError as refused:
     print(refused)
+for ask in (
+    lambda: x.nonzero(),  # nonzero
+    lambda: torch.zeros(256, 256).copy_(x),  # copied
+    lambda: x.cpu().numpy(),  # numpy
+):
+    try:
+        ask()
+    except Exception as refused:
+        print(refused)
 assert torch.allclose(x, y)  # allclose
 torch.testing.assert_close(x, y)  # assert_close
 print("torch", torch.zeros(3).sum().item(), ms)
@@ -246,6 +255,8 @@ operator(x)
 torch.ops.library.operator(x)
 Function.apply(x * 2).sum().backward()
 assert x.grad.device == x.device
+labels = torch.zeros(64, dtype=torch.long, device=x.device)
+torch.nn.functional.cross_entropy(x, labels, reduction="none").sum().backward()
 described[(1,)](TensorDescriptor.from_tensor(x.detach(), [32, 32]), x)
 in_gluon[(1,)](x)
 with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode(), torch.device("cuda"):
@@ -275,6 +286,9 @@ def test_what_only_a_gpu_can_tell_is_listed_with_its_line(script):
         if row["kernel"] is None
     }
     assert untold == {
+        ("not_captured", place("nonzero")): "a shape depends on values (nonzero)",
+        ("not_captured", place("copied")): "values were copied to the CPU (copy_)",
+        ("not_captured", place("numpy")): "values were read (numpy)",
         ("not_captured", place("allclose")): "a comparison (torch.allclose)",
         ("not_captured", place("assert_close")): "a comparison (torch.testing.assert_close)",
         ("not_captured", place("item")): "values were read (item)",

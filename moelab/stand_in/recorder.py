@@ -22,6 +22,9 @@ from ..specs import CapturedLaunch
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
 
+# Packages that stand between a line and what it asked for.
+_BETWEEN = ("torch", "triton", "_pytest", "pluggy")
+
 
 class NotCaptured(Exception):
     """The process asked for something that only a GPU could have told."""
@@ -135,7 +138,7 @@ def ended(error: BaseException) -> None:
 
 
 def here() -> str:
-    """Name the innermost line that is neither PyTorch's, Triton's nor the stand-in's."""
+    """Name the innermost line that is neither PyTorch's, Triton's, pytest's nor ours."""
     frames = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -153,7 +156,7 @@ def _outside(frames: list[FrameType]) -> str | None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
         # The standard library lies in front of what is installed.
         standard = path.startswith(_STANDARD) and not path.startswith(_INSTALLED)
-        if package in ("torch", "triton") or path.startswith(("<", *inside)) or standard:
+        if package in _BETWEEN or path.startswith(("<", *inside)) or standard:
             continue
         return f"{_short(path)}:{frame.f_lineno}"
     return None
