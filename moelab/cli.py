@@ -481,6 +481,67 @@ def list_(as_json: bool) -> None:
 
 
 @app.command()
+@click.option("--target", required=True, help="One target; see `moelab targets`.")
+@click.option(
+    "--async-copy",
+    type=click.Choice(["on", "off", "default"]),
+    default="default",
+    help="As the compiler has it, or for all launches.",
+)
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path),
+    callback=_parquet,
+    help="Write the rows to a .parquet.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes; if not given, every core.")
+@_as_json
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def capture(
+    target: str,
+    async_copy: str,
+    export: Path | None,
+    jobs: int | None,
+    as_json: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run a script or tests without a GPU, and tell the LDS of every Triton launch.
+
+    The command runs unchanged, on tensors without values; what it prints goes to stderr.
+    It stops where it reads a value back, and the report says where. Results are not
+    compared, and torch.compile is off.
+
+    Of an autotuner's configurations the first that fits counts as launched; the others are
+    listed with 0 launches.
+
+    Ends with 0 where every launch fits, 1 where one doesn't or doesn't compile, 2 after
+    wrong use, 3 where nothing was launched.
+
+    \b
+    Example:
+      moelab capture --target gfx950 -- pytest tests/test_moe.py
+    """
+    from . import capture as capture_
+    from . import records
+
+    try:
+        captured = capture_.run(command, target, async_copy=async_copy, jobs=jobs)
+        rows = capture_.frame(captured.rows)
+        if export is not None:
+            records.export(rows, export)
+    except (ValueError, capture_.CaptureError) as error:
+        raise click.UsageError(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+    else:
+        click.echo(capture_.table(rows))
+    click.echo(f"\n{capture_.summary(captured)}", err=True)
+    raise SystemExit(3 if not captured.launched else 1 if captured.unfit else 0)
+
+
+@app.command()
 @_as_json
 def targets(as_json: bool) -> None:
     """List the GPUs that can be asked about; --json has the source of every figure.

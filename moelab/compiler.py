@@ -22,13 +22,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from . import kernels, launches, targets
-from .specs import AsyncCopy, Buffer, KernelLaunch, LdsMap, Question, Source, Target
+from .specs import AsyncCopy, Buffer, CapturedLaunch, KernelLaunch, LdsMap, Question, Source, Target
 
 # The last pass that allocates on-chip memory, in each backend's `make_llir`.
 _LAST_ALLOCATION = {
@@ -107,12 +107,26 @@ class CompileError(Exception):
 
 
 @dataclass(frozen=True)
+class Ir:
+    """What Triton's frontend made of a kernel, as text.
+
+    Args:
+        stage: ``ttir``, or ``ttgir`` of a Gluon kernel.
+    """
+
+    text: str
+    stage: str
+
+
+@dataclass(frozen=True)
 class Launch:
     """A launch as Triton would specialize it.
 
     Args:
+        ast: Triton's source object, or an `Ir` where the frontend has run already.
         key: equal for launches that compile to the same code.
         ttir_key: equal for launches that are the same until they are pipelined.
+        environment: variables that the compiler reads, where they are not this process's.
     """
 
     ast: Any
@@ -122,6 +136,7 @@ class Launch:
     async_copy: bool | None
     key: str
     ttir_key: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def triton_version() -> str:
@@ -129,6 +144,13 @@ def triton_version() -> str:
     import triton
 
     return triton.__version__
+
+
+def static_assertion() -> type[Exception]:
+    """Name what Triton's frontend raises where a kernel refuses its constants."""
+    from triton.compiler.errors import CompileTimeAssertionFailure
+
+    return CompileTimeAssertionFailure
 
 
 def gpu_target(target: Target) -> Any:
@@ -152,14 +174,16 @@ def default_async_copy(target: Target) -> bool | None:
     return bool(decide(target.arch))
 
 
-def specialize(question: Question) -> Launch:
-    """Bind a question as a launch on its target would.
+def specialize(question: Question | CapturedLaunch) -> Launch:
+    """Bind a question as a launch on its target would; a captured launch is bound.
 
     Raises:
         ValueError: unknown kernel or target; the message lists those there are.
         LaunchError: the launch does not describe its kernel.
         CompileError: the kernel can't take the tile or a format.
     """
+    if isinstance(question, CapturedLaunch):
+        return _captured(question)
     target = targets.get(question.target)
     options = {"num_warps": question.num_warps, "num_stages": question.num_stages}
     if isinstance(question, KernelLaunch):
@@ -194,7 +218,7 @@ def specialize_source(
             backend, given, bound, specialization, excess
         )
     ast = ASTSource(source.fn, signature, constants, attributes)
-    return _launch(ast, parsed, backend, target, async_copy)
+    return bound_launch(ast, parsed, backend, target, async_copy)
 
 
 def specialize_types(
@@ -243,7 +267,7 @@ def specialize_types(
     ast = ASTSource(fn, types, constants, attributes)
     with _compile_errors(), _without_announcements():
         parsed = backend.parse_options(options)
-    return _launch(ast, parsed, backend, target, async_copy)
+    return bound_launch(ast, parsed, backend, target, async_copy)
 
 
 def _check_options(options: Collection[str], target: Target) -> None:
@@ -285,13 +309,14 @@ def _without_announcements() -> Iterator[None]:
         yield
 
 
-def _launch(ast: Any, parsed: Any, backend: Any, target: Target, async_copy: AsyncCopy) -> Launch:
-    from triton._C.libtriton import get_cache_invalidating_env_vars
-
+def bound_launch(
+    ast: Any, parsed: Any, backend: Any, target: Target, async_copy: AsyncCopy
+) -> Launch:
+    """Name what Triton has bound: its source object and its parsed options."""
     if async_copy == "default":
         async_copy = default_async_copy(target)
     unpipelined = dataclasses.replace(parsed, num_stages=1)
-    environment = sorted(get_cache_invalidating_env_vars().items())
+    environment = sorted(environment_variables().items())
     identity = [triton_version(), target.name, ast.hash(), environment]
     return Launch(
         ast,
@@ -302,6 +327,38 @@ def _launch(ast: Any, parsed: Any, backend: Any, target: Target, async_copy: Asy
         key=_digest([*identity, parsed.hash(), async_copy]),
         ttir_key=_digest([*identity, unpipelined.hash()]),
     )
+
+
+def environment_variables() -> dict[str, str]:
+    """List what this process's environment tells the compiler."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    return dict(get_cache_invalidating_env_vars())
+
+
+def _captured(captured: CapturedLaunch) -> Launch:
+    from triton.compiler.compiler import make_backend
+
+    target = targets.get(captured.target)
+    options = _tuples(json.loads(captured.options))
+    identity = [triton_version(), *dataclasses.astuple(captured)]
+    return Launch(
+        Ir(captured.ir, captured.stage),
+        options,
+        make_backend(gpu_target(target)),
+        target,
+        captured.async_copy,
+        key=_digest(identity),
+        ttir_key=_digest(identity),
+        environment=json.loads(captured.environment),
+    )
+
+
+def _tuples(value: Any) -> Any:
+    """Give back the tuples that JSON made lists of: options are hashed."""
+    if isinstance(value, dict):
+        return {name: _tuples(inner) for name, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _digest(identity: Sequence[Any]) -> str:
@@ -324,12 +381,27 @@ def settings(launch: Launch) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
+        stack.enter_context(_environment(launch.environment))
         stack.enter_context(knobs.amd.scope())
         stack.enter_context(knobs.cache.scope())
         knobs.cache.dir = cache
         if launch.async_copy is not None:
             knobs.amd.use_async_copy = launch.async_copy
         yield
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    kept = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class _Allocated(Exception):
@@ -398,8 +470,12 @@ def _allocate(launch: Launch) -> Any:
     stages: dict[str, Any] = {}
     launch.backend.add_stages(stages, options, Language.TRITON)
     metadata = dict(options.__dict__)
-    module = _ttir(launch, options, stages["ttir"], metadata, context)
-    module = stages["ttgir"](module, metadata)
+    if isinstance(launch.ast, Ir):
+        module = _parsed(launch.ast, context)
+    else:
+        module = _ttir(launch, options, stages["ttir"], metadata, context)
+    if not (isinstance(launch.ast, Ir) and launch.ast.stage == "ttgir"):
+        module = stages["ttgir"](module, metadata)
     with _leave_after_allocation(launch.target.backend):
         try:
             stages["llir"](module, metadata)
@@ -418,29 +494,57 @@ _TTIR_KEPT = 32
 def _ttir(
     launch: Launch, options: Any, make_ttir: Any, metadata: dict[str, Any], context: Any
 ) -> Any:
-    """Make a launch's TTIR, or read it back as Triton does from a ``.ttir`` file."""
-    from triton._C.libtriton import ir
-
+    """Make a launch's TTIR, or read it back."""
     if launch.ttir_key in _TTIR:
-        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
-            file.write(_TTIR[launch.ttir_key])
-            file.flush()
-            module = ir.parse_mlir_module(file.name, context)
-        # Else Python frees the context while the module lives.
-        module.context = context
-        return module
-    module = launch.ast.make_ir(
+        return _parsed(Ir(_TTIR[launch.ttir_key], "ttir"), context)
+    module = make_ttir(_unoptimized(launch, options, context), metadata)
+    if len(_TTIR) >= _TTIR_KEPT:
+        _TTIR.pop(next(iter(_TTIR)))
+    _TTIR[launch.ttir_key] = str(module)
+    return module
+
+
+def _unoptimized(launch: Launch, options: Any, context: Any) -> Any:
+    """Make what the frontend hands to the first pass."""
+    return launch.ast.make_ir(
         gpu_target(launch.target),
         options,
         launch.backend.get_codegen_implementation(options),
         launch.backend.get_module_map(),
         context,
     )
-    module = make_ttir(module, metadata)
-    if len(_TTIR) >= _TTIR_KEPT:
-        _TTIR.pop(next(iter(_TTIR)))
-    _TTIR[launch.ttir_key] = str(module)
+
+
+def _parsed(source: Ir, context: Any) -> Any:
+    """Read a module back as Triton does from a file."""
+    from triton._C.libtriton import ir
+
+    with tempfile.NamedTemporaryFile("w", suffix=f".{source.stage}") as file:
+        file.write(source.text)
+        file.flush()
+        module = ir.parse_mlir_module(file.name, context)
+    # Else Python frees the context while the module lives.
+    module.context = context
     return module
+
+
+def frontend(launch: Launch) -> Ir:
+    """Make what depends on the kernel's Python: TTIR, or TTGIR of a Gluon kernel.
+
+    Raises:
+        Exception: whatever Triton's frontend raises; it is the kernel's own.
+    """
+    from triton._C.libtriton import ir
+
+    options = launch.backend.parse_options(dict(launch.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    launch.backend.load_dialects(context)
+    stages: dict[str, Any] = {}
+    launch.backend.add_stages(stages, options, launch.ast.language)
+    stage = "ttir" if "ttir" in stages else "ttgir"
+    module = stages[stage](_unoptimized(launch, options, context), dict(options.__dict__))
+    return Ir(str(module), stage)
 
 
 @contextlib.contextmanager
@@ -470,14 +574,26 @@ def full(launch: Launch) -> tuple[Allocation, Resources]:
     """
     import triton
 
-    with settings(launch), _compile_errors():
+    with settings(launch), _compile_errors(), _compilable(launch.ast) as source:
         compiled = triton.compile(
-            launch.ast, target=gpu_target(launch.target), options=dict(launch.options)
+            source, target=gpu_target(launch.target), options=dict(launch.options)
         )
         metadata = compiled.metadata
         allocation = Allocation(metadata.shared, getattr(metadata, "tmem_size", 0) or 0, "full")
         read = _amd_resources if launch.target.backend == "hip" else _nvidia_resources
         return allocation, read(compiled)
+
+
+@contextlib.contextmanager
+def _compilable(source: Any) -> Iterator[Any]:
+    """Give `triton.compile` what it takes: a source object, or the path of a file."""
+    if not isinstance(source, Ir):
+        yield source
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=f".{source.stage}") as file:
+        file.write(source.text)
+        file.flush()
+        yield file.name
 
 
 @contextlib.contextmanager

@@ -222,6 +222,28 @@ class Source:
 
 
 @dataclass(frozen=True)
+class CapturedLaunch:
+    """A launch that somebody's program made, as Triton's frontend left it.
+
+    Args:
+        ir: the kernel as text.
+        stage: which text: ``ttir``, or ``ttgir`` of a Gluon kernel.
+        options: JSON: Triton's launch options, all of them.
+        environment: JSON: the variables that the compiler read.
+        async_copy: the AMD switch; None where the target has none.
+    """
+
+    ir: str
+    stage: str
+    options: str
+    environment: str
+    num_warps: int
+    num_stages: int
+    async_copy: bool | None
+    target: str
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a problem needs at least, whoever computes it.
 

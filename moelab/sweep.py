@@ -21,14 +21,14 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, compiler, lds_map, records, targets, toolchain
-from .specs import LdsMap, Question
+from .specs import CapturedLaunch, LdsMap, Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,7 +172,7 @@ def _answered(
         if records.key(row) not in known:
             missing[row["compile_key"]].append(index)
     left = sum(map(len, missing.values()))
-    with records.Journal(store) as journal, _bar(len(asked), left, progress) as bar:
+    with records.Journal(store) as journal, progress_bar(len(asked), left, progress) as bar:
         # Another question's row may answer what compiles to the same code.
         stored = {
             row["compile_key"]: _answer_of(row) for row in known.values() if row["mode"] == mode
@@ -182,7 +182,7 @@ def _answered(
         }
         answers = itertools.chain(
             ((key, stored[key]) for key in missing if key in stored),
-            _compile_all(to_compile, mode, jobs or _cores(), timeout_s),
+            compile_all(to_compile, mode, jobs or cores(), timeout_s),
         )
         for key, answer in answers:
             for index in missing[key]:
@@ -194,7 +194,7 @@ def _answered(
 
 
 @contextlib.contextmanager
-def _bar(total: int, left: int, progress: bool) -> Iterator[Any]:
+def progress_bar(total: int, left: int, progress: bool) -> Iterator[Any]:
     """Show what is left, on stderr; of a notebook's runner where it says which."""
     from tqdm import tqdm
 
@@ -244,7 +244,7 @@ def _answer_of(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in records.KEY}
 
 
-def answer(question: Question, mode: str) -> dict[str, Any]:
+def answer(question: Question | CapturedLaunch, mode: str) -> dict[str, Any]:
     """Ask the compiler, in this process; returns a row's second half.
 
     Args:
@@ -300,10 +300,14 @@ def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[st
     }
 
 
-def _compile_all(
-    questions: dict[str, Question], mode: str, jobs: int, timeout_s: float
+def compile_all(
+    questions: Mapping[str, Question | CapturedLaunch], mode: str, jobs: int, timeout_s: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each key's answer as it comes; a failure is an answer too."""
+    """Yield each key's answer as it comes; a failure is an answer too.
+
+    Args:
+        mode: one of `records.MODES`.
+    """
     from pebble import ProcessPool
 
     if not questions:
@@ -350,7 +354,7 @@ def _script_left_out() -> Iterator[None]:
 
 
 def _outcome(
-    future: Future[Any], question: Question, log: Path, timeout_s: float
+    future: Future[Any], question: Question | CapturedLaunch, log: Path, timeout_s: float
 ) -> dict[str, Any]:
     """Turn a worker's result, its failure or its death into an answer."""
     from pebble import ProcessExpired
@@ -359,20 +363,20 @@ def _outcome(
     try:
         return future.result()
     except compiler.CompileError as error:
-        return _stamped("compile_error", _reason(str(error), log), target)
+        return _stamped("compile_error", words_of(str(error), log), target)
     except TimeoutError:
         return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
     except ProcessExpired as died:
         how = f"exit code {died.exitcode}"
         if died.exitcode is not None and died.exitcode < 0:
             how = signal.Signals(-died.exitcode).name
-        return _stamped("crashed", _reason(f"the compiler's process died: {how}", log), target)
+        return _stamped("crashed", words_of(f"the compiler's process died: {how}", log), target)
     except Exception as error:
         # Neither the kernel's fault nor worth the sweep: the row says what it was.
-        return _stamped("crashed", _reason(f"{type(error).__name__}: {error}", log), target)
+        return _stamped("crashed", words_of(f"{type(error).__name__}: {error}", log), target)
 
 
-def _reason(message: str, log: Path) -> str:
+def words_of(message: str, log: Path) -> str:
     """Join what was raised with what the compiler printed as errors."""
     printed = log.read_text(errors="replace").splitlines() if log.exists() else []
     errors = [line.strip() for line in printed if "error" in line.lower()] or printed[-5:]
@@ -401,7 +405,7 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _compile_one(question: Question, mode: str, log: Path) -> dict[str, Any]:
+def _compile_one(question: Question | CapturedLaunch, mode: str, log: Path) -> dict[str, Any]:
     """Answer in a worker, whose stdout and stderr are the compiler's diary."""
     with log.open("w") as diary:
         # Where ptxas fails, Triton prints all of its input to stdout.
@@ -410,5 +414,5 @@ def _compile_one(question: Question, mode: str, log: Path) -> dict[str, Any]:
         return answer(question, mode)
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0))

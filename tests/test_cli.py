@@ -130,7 +130,7 @@ def answer_all(monkeypatch, status, reason=None):
         for key, configuration in configurations.items():
             yield key, sweep._stamped(status, reason, TARGETS[configuration.target])
 
-    monkeypatch.setattr(sweep, "_compile_all", answer)
+    monkeypatch.setattr(sweep, "compile_all", answer)
 
 
 def test_all_kernels_are_every_kernel_there_is(tmp_path, monkeypatch):
@@ -503,7 +503,7 @@ def test_without_a_tile_every_published_one_is_answered(tmp_path, monkeypatch):
             lds = {"lds_bytes": 100_000 if fits else 200_000 - c.problem.layer}
             yield key, stamp | lds | (found if full else {})
 
-    monkeypatch.setattr(sweep, "_compile_all", answer)
+    monkeypatch.setattr(sweep, "compile_all", answer)
     given = ["advise", "--kernel", "moe_gemm_a8w4", "--target", "gfx950", "--json"]
     result = run(*given, "--store", tmp_path, "--top", "99")
     assert result.exit_code == 0, result.output

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import os
 import re
 
 import pytest
@@ -13,7 +15,7 @@ from triton.runtime.driver import driver
 from moelab import compiler, kernels, problems, sweep, targets
 from moelab.kernels import routing
 from moelab.kernels.epilogue import SwiGLU
-from moelab.specs import Configuration, TensorSpec, Tile
+from moelab.specs import CapturedLaunch, Configuration, TensorSpec, Tile
 
 SMALL = Tile(16, 64, 64)
 TYPES = {
@@ -438,3 +440,49 @@ def test_a_switch_in_the_environment_is_part_of_the_key(monkeypatch):
     before = compiler.specialize(configuration()).key
     monkeypatch.setenv("TRITON_HIP_USE_BLOCK_PINGPONG", "0")
     assert compiler.specialize(configuration()).key != before
+
+
+# Launches whose frontend ran in another process.
+
+
+def as_captured(launch, **changed):
+    """Describe a launch by its text, as a captured process writes it down."""
+    made = compiler.frontend(launch)
+    known = {
+        "ir": made.text,
+        "stage": made.stage,
+        "options": json.dumps(launch.options, default=str),
+        "environment": "{}",
+        "num_warps": launch.options["num_warps"],
+        "num_stages": launch.options["num_stages"],
+        "async_copy": launch.async_copy,
+        "target": launch.target.name,
+    }
+    return compiler.specialize(CapturedLaunch(**known | changed))
+
+
+@pytest.mark.parametrize("target", ["gfx950", "gfx942", "sm_90"])
+def test_a_captured_launch_takes_what_the_launch_itself_takes(target):
+    switch = compiler.default_async_copy(targets.get(target))
+    problem = asked("moe_gemm_a8w8")
+    launch = compiler.specialize(
+        Configuration("moe_gemm_a8w8", problem, Tile(64, 64, 128), 4, 3, switch, target)
+    )
+    captured = as_captured(launch)
+    told = compiler.lds(launch)
+    assert compiler.lds(captured) == told
+    assert compiler.full(captured)[0].lds_bytes == told.lds_bytes > 0
+
+
+def test_the_environment_of_a_captured_launch_holds_while_it_compiles(monkeypatch):
+    monkeypatch.setenv("MOELAB_SET", "outside")
+    monkeypatch.delenv("MOELAB_UNSET", raising=False)
+    problem = asked("moe_gemm_a8w8")
+    launch = compiler.specialize(
+        Configuration("moe_gemm_a8w8", problem, SMALL, 4, 1, False, "gfx950")
+    )
+    variables = {"MOELAB_SET": "inside", "MOELAB_UNSET": "inside"}
+    with compiler.settings(as_captured(launch, environment=json.dumps(variables))):
+        assert {name: os.environ[name] for name in variables} == variables
+    assert os.environ["MOELAB_SET"] == "outside"
+    assert "MOELAB_UNSET" not in os.environ

@@ -49,7 +49,7 @@ def asked(monkeypatch):
             target = targets.get(configuration.target)
             yield key, sweep._stamped("ok", None, target) | {"lds_bytes": len(seen)}
 
-    monkeypatch.setattr(sweep, "_compile_all", pretend)
+    monkeypatch.setattr(sweep, "compile_all", pretend)
     return seen
 
 
@@ -309,7 +309,7 @@ def test_rows_that_were_compiled_survive_an_interrupt(tmp_path, monkeypatch):
         yield next(iter(configurations)), sweep._stamped("ok", None, targets.get("gfx950"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "_compile_all", interrupted)
+    monkeypatch.setattr(sweep, "compile_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.run(grid(stages="1,2,3"), tmp_path, progress=False)
     assert list(records.read(tmp_path)["num_stages"]) == [1]
@@ -426,7 +426,7 @@ def test_a_long_reason_is_cut_to_its_point(tmp_path):
     log = tmp_path / "log"
     log.write_text("note\n" + "ptxas error: too many\n" * 5000)
     message = "at 1:0:\n" + "    quoted source\n" * 200 + "    ^\nValueError: the point"
-    reason = sweep._reason(message, log)
+    reason = sweep.words_of(message, log)
     assert reason.splitlines() == [
         "at 1:0:",
         "...",
@@ -435,4 +435,4 @@ def test_a_long_reason_is_cut_to_its_point(tmp_path):
         "ptxas error: too many",
     ]
     log.write_text("error: " + "x" * 5000)
-    assert len(sweep._reason("short", log)) == 800
+    assert len(sweep.words_of("short", log)) == 800
