@@ -169,7 +169,7 @@ def _run(command: Sequence[str], target: str, folder: Path) -> int:
         "PYTHONPATH": _joined(str(bootstrap), os.environ.get("PYTHONPATH")),
         "PATH": _joined(str(Path(sys.executable).parent), os.environ.get("PATH")),
         "PYTEST_PLUGINS": ",".join(
-            filter(None, ("moelab.stand_in.tests", os.environ.get("PYTEST_PLUGINS")))
+            filter(None, ("moelab.stand_in.pytest_plugin", os.environ.get("PYTEST_PLUGINS")))
         ),
         # Eager: what Inductor would generate is not asked about.
         "TORCHDYNAMO_DISABLE": "1",

@@ -357,7 +357,7 @@ def test_our_own_launchers_take_the_lds_that_a_sweep_tells(folder):
         configuration = Configuration(
             "moe_gemm_a8w4", problem, Tile(128, 256, 256), 8, stages, True, "gfx950"
         )
-        answer = sweep.answer(configuration, full=False)
+        answer = sweep.answer(configuration, "lds")
         told[stages] = (answer["lds_bytes"], answer["status"])
     assert len(set(told.values())) == 3, "or the comparison says nothing"
     found = captured(folder, OURS, name="ours.py", async_copy="on")
