@@ -308,7 +308,13 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Show launches as lines that can be read, and below them what was not told."""
+    """Show launches as lines that can be read, and below them what was not told.
+
+    What does not fit comes first, then what takes most; kernels go by their own names.
+    """
+    rows = rows.assign(
+        kernel=rows["kernel"].str.split(":").str[-1], fits=rows["status"] == "ok"
+    ).sort_values(["fits", "lds_bytes"], ascending=[True, False], kind="stable")
     launched = rows["status"].isin(_LAUNCHED)
     reasons = rows["reason"].str.split("\n").str[0].str.slice(0, _REASON_CHARACTERS)
     counts = rows.assign(tests=rows["tests"].map(len), reason=reasons)
@@ -325,7 +331,9 @@ def table(rows: pd.DataFrame) -> str:
             shown = part[columns.split()].rename(columns={"launched_from": "from"})
             if not shown["tests"].any():
                 shown = shown.drop(columns="tests")
-            parts.append(shown.to_string(index=False, na_rep="-"))
+            # pandas prints <NA> of nullable types whatever `na_rep` says.
+            shown = shown.astype(object).where(shown.notna(), "-")
+            parts.append(shown.to_string(index=False))
     return "\n\n".join(parts)
 
 

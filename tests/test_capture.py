@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import os
+import re
+import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +16,8 @@ from moelab import capture, cli, compiler, sweep
 from moelab.specs import Configuration, Problem, Source, TensorSpec, Tile
 from moelab.stand_in import recorder
 from moelab.targets import TARGETS
+
+README = Path(__file__).parents[1] / "README.md"
 
 KERNELS = """
 import triton
@@ -465,7 +470,7 @@ def test_rows_are_json_a_table_and_parquet(monkeypatch, script, tmp_path):
     assert set(rows[0]) == set(capture.COLUMNS)
     assert pd.read_parquet(tmp_path / "rows.parquet")["lds_bytes"].max() > 163_840
     table = invoked("--", "x")
-    assert "kernels:matmul" in table.stdout
+    assert table.stdout.split("out_of_lds")[0].count("matmul") == 1, "what does not fit comes first"
     assert f"2 at {place('stages')} (out_of_lds)" in table.stderr
 
 
@@ -499,3 +504,50 @@ def test_the_place_of_a_launch_is_nobodys_library():
     shown, sys.excepthook = sys.excepthook, sys.__excepthook__
     assert shown is not sys.excepthook
     assert recorder.here().startswith("tests/test_capture.py:")
+
+
+# Against a GPU.
+
+# Runs a script as it is and writes down each kernel that was loaded.
+LOADED = """
+import json, runpy, sys
+from triton.compiler.compiler import CompiledKernel
+
+loaded, load = [], CompiledKernel._init_handles
+
+
+def note(kernel):
+    if kernel.module is None:
+        of = kernel.metadata
+        loaded.append([of.name, of.num_warps, of.num_stages, of.shared])
+    load(kernel)
+
+
+CompiledKernel._init_handles = note
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+finally:
+    open(sys.argv[0], "w").write(json.dumps(loaded))
+"""
+
+
+@pytest.mark.gpu
+def test_what_is_told_of_a_script_is_what_a_gpu_loads_for_it(folder):
+    import torch
+
+    chip = torch.cuda.get_device_properties(0)
+    target = getattr(chip, "gcnArchName", f"sm_{chip.major}{chip.minor}").partition(":")[0]
+    (script,) = re.findall(r"```python\n([^`]*reduce_top_k.*?)```", README.read_text(), re.DOTALL)
+    found = captured(folder, script, sys.executable, "layer.py", name="layer.py", target=target)
+    assert found.exit_code == 0
+    (folder / "loaded.py").write_text(LOADED)
+    command = [sys.executable, "loaded.py", "loaded.json", "layer.py"]
+    subprocess.run(command, cwd=folder, check=True)
+    loaded = json.loads((folder / "loaded.json").read_text())
+    told = [
+        [row["kernel"].rpartition(":")[2], row["num_warps"], row["num_stages"], row["lds_bytes"]]
+        for row in found.launched
+    ]
+    assert sorted(told) == sorted(loaded)
+    assert len(told) >= 5
