@@ -252,11 +252,9 @@ def specialize_types(
             # D: divisible by 16; S: spans less than 2 GiB, which AMD's backend alone asks.
             bounded = argument.name.startswith("*") and not argument.large
             known = "D" * argument.divisible + "S" * bounded
-            # As a launch does, so that equal launches have equal keys: nothing of floats.
-            if not argument.name.startswith(("fp", "bf")):
+            if known:
                 attributes[path] = backend.parse_attr(known)
             return argument.name
-        attributes[path] = []
         if isinstance(argument, launches.DType):
             constants[path] = tl.dtype(argument.name)
         else:

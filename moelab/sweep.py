@@ -370,16 +370,20 @@ def _outcome(
         how = f"exit code {died.exitcode}"
         if died.exitcode is not None and died.exitcode < 0:
             how = signal.Signals(-died.exitcode).name
-        return _stamped("crashed", words_of(f"the compiler's process died: {how}", log), target)
+        return _stamped(
+            "crashed", words_of(f"the compiler's process died: {how}", log, died=True), target
+        )
     except Exception as error:
         # Neither the kernel's fault nor worth the sweep: the row says what it was.
         return _stamped("crashed", words_of(f"{type(error).__name__}: {error}", log), target)
 
 
-def words_of(message: str, log: Path) -> str:
+def words_of(message: str, log: Path, died: bool = False) -> str:
     """Join what was raised with what the compiler printed as errors."""
     printed = log.read_text(errors="replace").splitlines() if log.exists() else []
-    errors = [line.strip() for line in printed if "error" in line.lower()] or printed[-5:]
+    errors = [line.strip() for line in printed if "error" in line.lower()]
+    if died and not errors:
+        errors = printed[-5:]
     # The frontend quotes the whole kernel before it comes to the point, ptxas all of its input.
     lines = [line for line in message.splitlines() if line.strip(" ^")]
     point = lines
