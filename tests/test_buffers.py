@@ -7,7 +7,8 @@ import pytest
 import triton
 import triton.language as tl
 
-from moelab import compiler, lds_map, plan, problems, targets
+from moelab import compiler, kernels, lds_map, plan, problems, targets
+from moelab.compiler import maps, pipeline
 from moelab.specs import Configuration, Source, TensorSpec
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -124,7 +125,7 @@ def test_a_buffer_says_where_in_the_source_it_is_and_what_a_copy_holds():
     assert (w.operation, w.shape, w.dtype) == ("local_alloc", (128, 512), "i8")
     assert (x.operation, x.shape, x.dtype) == ("local_alloc", (128, 256), "fp8e4nv")
     name, _, line = x.line.partition(":")
-    source = Path(compiler.__file__).parent / "kernels" / name
+    source = Path(kernels.__file__).parent / name
     assert source.read_text().splitlines()[int(line) - 1].strip().startswith("x = tl.load(")
 
 
@@ -191,7 +192,7 @@ def test_a_kernel_without_lds_has_an_empty_map():
 
 def test_a_build_that_prints_nothing_gives_the_lds_and_says_why_there_is_no_map(monkeypatch):
     of = launch()
-    monkeypatch.setattr(compiler, "_ALLOCATION_DEBUG", "no-such-pass")
+    monkeypatch.setattr(maps, "_ALLOCATION_DEBUG", "no-such-pass")
     allocation, found = compiler.buffers(of)
     assert allocation == compiler.lds(of)
     assert found.buffers == ()
@@ -201,7 +202,7 @@ def test_a_build_that_prints_nothing_gives_the_lds_and_says_why_there_is_no_map(
 def test_a_triton_that_was_not_checked_gives_the_lds_and_says_why_there_is_no_map(monkeypatch):
     of = launch(m=64)
     quick = compiler.lds(of)
-    monkeypatch.setattr(compiler, "CHECKED_LOWERINGS", {})
+    monkeypatch.setattr(pipeline, "CHECKED_LOWERINGS", {})
     allocation, found = compiler.buffers(of)
     assert (allocation.method, allocation.lds_bytes) == ("full", quick.lds_bytes)
     assert "not checked" in found.missing
@@ -218,14 +219,14 @@ def test_a_triton_that_was_not_checked_gives_the_lds_and_says_why_there_is_no_ma
 )
 @pytest.mark.skipif(VERSION < (3, 9), reason="the figures are those of Triton 3.9")
 def test_what_was_printed_is_held_against_the_module(monkeypatch, before, after, words):
-    allocate_aloud = compiler._allocate_aloud
+    allocate_aloud = maps._allocate_aloud
 
     def altered(*arguments):
         printed = allocate_aloud(*arguments)
         assert before in printed
         return printed.replace(before, after)
 
-    monkeypatch.setattr(compiler, "_allocate_aloud", altered)
+    monkeypatch.setattr(maps, "_allocate_aloud", altered)
     with pytest.raises(compiler.MapError, match=words):
         compiler.buffers(launch())
 

@@ -13,6 +13,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from moelab import compiler, kernels, problems, sweep, targets
+from moelab.compiler import pipeline
 from moelab.kernels import routing
 from moelab.kernels.epilogue import SwiGLU
 from moelab.specs import CapturedLaunch, Configuration, TensorSpec, Tile
@@ -207,28 +208,28 @@ def test_ttir_that_was_read_back_gives_the_same_lds(monkeypatch):
         for stages, switch in itertools.product((1, 2, 3), (False, True))
     ]
     assert len({launch.ttir_key for launch in launches}) == 1
-    monkeypatch.setattr(compiler, "_TTIR", {})
+    monkeypatch.setattr(pipeline, "_TTIR", {})
     read_back = [compiler.lds(launch) for launch in launches]
     fresh = []
     for launch in launches:
-        compiler._TTIR.clear()
+        pipeline._TTIR.clear()
         fresh.append(compiler.lds(launch))
     assert read_back == fresh
     assert len({told.lds_bytes for told in fresh}) > 1
 
 
 def test_the_ttir_cache_stays_small(monkeypatch):
-    monkeypatch.setattr(compiler, "_TTIR", {})
-    monkeypatch.setattr(compiler, "_TTIR_KEPT", 2)
+    monkeypatch.setattr(pipeline, "_TTIR", {})
+    monkeypatch.setattr(pipeline, "_TTIR_KEPT", 2)
     for block_n in (16, 32, 64):
         compiler.lds(compiler.specialize(configuration(tile=Tile(16, block_n, 64))))
-    assert len(compiler._TTIR) == 2
+    assert len(pipeline._TTIR) == 2
 
 
 def test_an_unknown_lowering_is_compiled_in_full_and_says_so(monkeypatch):
     launch = compiler.specialize(configuration())
     quick = compiler.lds(launch)
-    monkeypatch.setattr(compiler, "CHECKED_LOWERINGS", {})
+    monkeypatch.setattr(pipeline, "CHECKED_LOWERINGS", {})
     slow = compiler.lds(launch)
     assert (quick.method, slow.method) == ("allocation", "full")
     assert quick.lds_bytes == slow.lds_bytes

@@ -101,8 +101,10 @@ def test_the_compiler_knows_nothing_of_rows_and_kernels_nothing_of_the_compiler(
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_compiler_module_knows_tritons_compiler(name):
     found = {module for module in imports(MODULES[name]) if module.split(".")[0] == "triton"}
-    if name == "compiler":
+    if name == "compiler.pipeline":
         assert any(module.startswith("triton._C") for module in found)
+    elif name.startswith("compiler"):
+        pass
     elif "kernels" in name:
         assert {m for m in found if m.startswith(("triton.compiler", "triton._C"))} == set()
         assert {m for m in found if m.startswith("triton.backends")} == set()

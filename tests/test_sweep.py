@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moelab import __version__, compiler, plan, records, sweep, targets
+from moelab.compiler import binding
 
 TILE = {"kernels": "moe_gemm_a8w8", "tiles": "16x64x64", "warps": 4}
 
@@ -284,7 +285,8 @@ def test_lds_alone_does_not_answer_a_full_sweep(tmp_path, asked):
 
 def test_rows_of_another_triton_answer_nothing(tmp_path, asked, monkeypatch):
     sweep.run(grid(stages=1), tmp_path, progress=False)
-    monkeypatch.setattr(compiler, "triton_version", lambda: "3.99.0")
+    for module in (compiler, binding):
+        monkeypatch.setattr(module, "triton_version", lambda: "3.99.0")
     found = sweep.run(grid(stages=1), tmp_path, progress=False)
     assert len(asked) == 2
     assert list(found["triton"]) == ["3.99.0"]

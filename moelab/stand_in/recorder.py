@@ -150,7 +150,7 @@ def here() -> str:
 def _outside(frames: list[FrameType]) -> str | None:
     """Name the first frame, innermost first, of code that somebody wants to hear about."""
     here = os.path.dirname(__file__)
-    inside = (here + os.sep, os.path.join(os.path.dirname(here), "compiler.py"))
+    inside = (here + os.sep, os.path.join(os.path.dirname(here), "compiler", ""))
     for frame in frames:
         path = frame.f_code.co_filename
         package = frame.f_globals.get("__name__", "").partition(".")[0]
