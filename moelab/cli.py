@@ -51,7 +51,7 @@ def _parquet(_context: Any, _parameter: Any, path: Path | None) -> Path | None:
 @click.group(context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(__version__)
 def app() -> None:
-    """Which stage counts of Triton MoE GEMM kernels fit the LDS: told without a GPU."""
+    """Which Triton kernels fit the LDS, why not, and what fits instead: told without a GPU."""
 
 
 @app.command()
@@ -229,7 +229,7 @@ def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
     *("scale_layout", "store", "jobs"),
 )
 @app.command()
-@click.option("--stages", default="2", help="Stage counts of what is asked about.")
+@click.option("--stages", help="Stage counts of what is asked about; if not given, 2.")
 @click.option("--model", help="Models, or all; if not given, all, or with --tile the first.")
 @click.option("--layer", help="1, 2 or all; if not given, all, or with --tile 1.")
 @click.option("--tp", help="Tensor parallelism; if not given, all, or with --tile 1.")
@@ -237,7 +237,8 @@ def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
 @click.option(
     "--launch",
     type=click.Path(path_type=Path),
-    help="A LAUNCH.json, where --kernel is FILE.py:KERNEL; see `moelab lds`.",
+    help="A LAUNCH.json, where --kernel is FILE.py:KERNEL: see `moelab lds`. Stages and warps are "
+    "its own if not given.",
 )
 @click.option("--keep", help="What must stay: num_stages, block_k, block_n, ..., async_copy.")
 @click.option(
@@ -257,6 +258,7 @@ def advise(
     kernel: str,
     target: str,
     tile: str | None,
+    stages: str | None,
     model: str | None,
     layer: str | None,
     tp: str | None,
@@ -285,8 +287,14 @@ def advise(
     with _wrong_use():
         times = None if measured is None else advice.read_measured(measured)
         if launch is not None:
-            given = {name: same[name] for name in ("stages", "warps", "async_copy")}
-            asked: Sequence[Question] = plan.launches(kernel, launch, targets=target, **given)
+            asked: Sequence[Question] = plan.launches(
+                kernel,
+                launch,
+                targets=target,
+                stages=stages,
+                warps=same["warps"],
+                async_copy=same["async_copy"],
+            )
         else:
             asked = plan.grid(
                 kernels=kernel,
@@ -296,6 +304,7 @@ def advise(
                 layers=layer or ("1" if tile else "all"),
                 tp=tp or ("1" if tile else "all"),
                 m=m or ("8704" if tile else "all"),
+                stages=stages or "2",
                 **same,
             )
         for base, ranked in search.propose(
