@@ -18,11 +18,13 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
+import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,13 +136,14 @@ def _type(name: str, text: str) -> Argument:
             'pointers to them ("*bf16"), and tensordesc<...>; a text constant is {"const": "..."}'
         )
     pointer = kind != scalar
-    if hints == ["1"] and not pointer:
+    integer = kind[0] in "iu"
+    if hints == ["1"] and integer:
         return Constant(1)
-    known = {"16", "large"} if pointer else {"16"}
+    known = {"16", "large"} if pointer else {"16"} if integer else set()
     if not set(hints) <= known:
         raise LaunchError(
             f"args: {name} is {text!r}; a hint is :16 (divisible by 16), of an integer also :1, "
-            "of a pointer also :large (2 GiB or more)"
+            "of a pointer also :large (2 GiB or more); a float has none"
         )
     return Type(kind, "16" in hints, "large" in hints)
 
@@ -221,26 +224,46 @@ class Tuned:
 def configurations(kernel: str, args: Mapping[str, Any]) -> list[Tuned]:
     """List what ``triton.autotune`` would try for a launch; one that adds nothing without it.
 
-    Nothing is added either where ``args`` has all that it sets.
+    Nothing is added either where ``args`` has every parameter that it sets; where it has
+    some, those stay.
+
+    Raises:
+        LaunchError: a configuration sets what a LAUNCH.json can't say.
     """
     parameters = {parameter.name for parameter in load(kernel).params}
     found = _decorated(kernel)
     while not hasattr(found, "configs") and not hasattr(found, "params"):
         found = found.fn
+    configs = [config.all_kwargs() for config in getattr(found, "configs", ())]
+    sets = parameters.intersection(itertools.chain(*configs))
+    if sets and sets <= set(args):
+        return [Tuned({}, {})]
     tuned = []
-    for config in getattr(found, "configs", ()):
-        given = config.all_kwargs()
-        own = {name: _constant(value) for name, value in given.items() if name in parameters}
-        if set(own) <= set(args):
-            return [Tuned({}, {})]
+    for given in configs:
+        own = {n: _constant(n, v) for n, v in given.items() if n in sets - set(args)}
         # num_ctas 1 is no choice: every backend's default.
-        others = {n: v for n, v in given.items() if n not in own and (n, v) != ("num_ctas", 1)}
+        others = {n: v for n, v in given.items() if n not in sets and (n, v) != ("num_ctas", 1)}
         tuned.append(Tuned(own, others))
     return tuned or [Tuned({}, {})]
 
 
-def _constant(value: Any) -> Any:
-    return {"const": value} if isinstance(value, str) else value
+def _constant(name: str, value: Any) -> Any:
+    """Spell a constant of a ``triton.Config`` as a LAUNCH.json does."""
+    # Of triton.language by name: only `compiler` imports Triton.
+    if type(value).__name__ == "constexpr":
+        value = value.value
+    if isinstance(value, (list, tuple)):
+        return [_constant(name, part) for part in value]
+    if type(value).__name__ == "dtype" and value.name in SCALARS:
+        return {"dtype": value.name}
+    if isinstance(value, str):
+        return {"const": value}
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise LaunchError(
+        f"triton.autotune sets {name} to {value!r}, which a LAUNCH.json can't say; "
+        f"give args a {name} of its own: {_EXAMPLE}"
+    )
 
 
 @functools.cache
@@ -280,9 +303,11 @@ def _module(place: str) -> Any:
             parts.insert(0, folder.name)
             folder = folder.parent
         dotted = ".".join(parts)
-    with contextlib.redirect_stdout(sys.stderr):
+    with _off_stdout():
         try:
             return _imported(dotted, folder)
+        except LaunchError:
+            raise
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if "importlib" not in frame.filename][-1]
@@ -291,6 +316,20 @@ def _module(place: str) -> Any:
                 f"({own.filename}:{own.lineno}). If it launches kernels when imported, put that "
                 "under `if __name__ == '__main__'`, or run it by `moelab capture`"
             ) from error
+
+
+@contextlib.contextmanager
+def _off_stdout() -> Iterator[None]:
+    """Send to stderr what is printed meanwhile, by children and libraries too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _imported(dotted: str, folder: Path | None) -> Any:
@@ -302,11 +341,19 @@ def _imported(dotted: str, folder: Path | None) -> Any:
         return importlib.import_module(dotted)
     sys.path.insert(0, str(folder))
     try:
-        if "." in dotted:
-            return importlib.import_module(dotted)
-        # A file of its own may have any name, that of an installed module too.
-        alias = "moelab_file_" + re.sub(r"\W", "_", str(folder / dotted))
-        return sys.modules.get(alias) or _executed(alias, folder / f"{dotted}.py")
+        alone = folder / f"{dotted}.py"
+        if alone.is_file():
+            # A file of its own may have any name, that of an installed module too.
+            alias = "moelab_file_" + re.sub(r"\W", "_", str(folder / dotted))
+            return sys.modules.get(alias) or _executed(alias, alone)
+        module = importlib.import_module(dotted)
+        path = folder.joinpath(*dotted.split(".")).with_suffix(".py")
+        if not module.__file__ or not path.samefile(module.__file__):
+            raise LaunchError(
+                f"{path}: another package {dotted.partition('.')[0]!r} is imported already, and "
+                f"{dotted} is {module.__file__}; rename the package, or copy the file out of it"
+            )
+        return module
     finally:
         sys.path.remove(str(folder))
 

@@ -46,8 +46,13 @@ def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows = labelled(rows)
-    said = rows[["args", "options"]].map(lambda text: json.loads(text or "{}"))
-    own = pd.DataFrame([args | options for args, options in said.to_numpy()], index=rows.index)
+    own = pd.DataFrame(
+        [
+            json.loads(args) | json.loads(options)
+            for args, options in zip(rows["args"], rows["options"], strict=True)
+        ],
+        index=rows.index,
+    )
     varying = own[[name for name in own if own[name].map(json.dumps).nunique() > 1]]
     asked = ["target", "triton", "num_warps", "num_stages", ASYNC_COPY]
     answer = ["lds_bytes", "lds_limit", "status", *RESOURCES]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moelab import compiler, kernels, launches, plan, records, sweep, targets
+from moelab import compiler, kernels, launches, plan, records, sweep, tables, targets
 from moelab.launches import Constant, DType, LaunchError, Type
 from moelab.parameters import ParameterError
 from moelab.specs import KernelLaunch
@@ -50,6 +50,20 @@ def rejected(x_ptr, BLOCK: tl.constexpr):
 def paired(pair, out_ptr, KIND: tl.constexpr):
     tl.store(out_ptr, pair[0] + pair[1].to(KIND))
 
+
+whole = triton.autotune(
+    [triton.Config({}, num_warps=w, num_stages=s) for w in (4, 8) for s in (1, 2)],
+    key=["k"],
+)(matmul)
+
+named = triton.autotune(
+    [triton.Config({"BLOCK": tl.constexpr(32), "ACT": "relu"}), triton.Config({"BLOCK": 64})],
+    key=["k"],
+)(matmul)
+
+typed = triton.autotune([triton.Config({"KIND": tl.bfloat16})], key=[])(paired)
+
+calling = triton.autotune([triton.Config({"KIND": rejected})], key=[])(paired)
 
 not_a_kernel = 3
 """
@@ -121,6 +135,8 @@ def test_the_scalar_types_are_tritons():
         ("*bf16:8", "a hint is :16 (divisible by 16)"),
         ("*bf16:1", "a hint is :16"),
         ("fp32:large", "a hint is :16"),
+        ("fp32:1", "a float has none"),
+        ("fp32:16", "a float has none"),
         ("*", "which is no type."),
         ({"constant": 3}, 'args: x is {"constant": 3}; give a type or constant'),
         ({"dtype": "float"}, 'args: x is {"dtype": "float"}'),
@@ -183,7 +199,7 @@ def test_a_name_that_is_not_in_the_file_is_answered_with_the_kernels_that_are(fo
     with pytest.raises(LaunchError) as error:
         described(folder, "matmull")
     assert "'matmull' is not there; did you mean 'matmul'?" in str(error.value)
-    assert "Kernels: matmul, tuned, rejected, paired" in str(error.value)
+    assert "Kernels: matmul, tuned, rejected, paired, whole" in str(error.value)
 
 
 def test_what_is_no_kernel_is_told_as_such(folder):
@@ -224,6 +240,31 @@ def test_what_a_file_prints_stays_off_stdout(tmp_path, capsys):
     (tmp_path / "printing.py").write_text(MATMUL)
     launches.load(f"{tmp_path}/printing.py:matmul")
     assert capsys.readouterr() == ("", "imported\n")
+
+
+def test_what_a_file_writes_past_python_stays_off_stdout_too(tmp_path, capfd):
+    (tmp_path / "writing.py").write_text(
+        "import os, subprocess\nos.write(1, b'written ')\n"
+        "subprocess.run(['echo', 'by a child'])\n" + MATMUL
+    )
+    launches.load(f"{tmp_path}/writing.py:matmul")
+    assert capfd.readouterr() == ("", "written by a child\nimported\n")
+
+
+def test_a_package_that_another_one_hides_is_told(tmp_path):
+    """Else the kernel of that name in the other package would be asked about."""
+    package = tmp_path / "moelab" / "kernels"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    (package / "moe_gemm_a8w8.py").write_text(MATMUL)
+    with pytest.raises(LaunchError, match="another package 'moelab' is imported already"):
+        launches.load(f"{package}/moe_gemm_a8w8.py:matmul")
+
+
+def test_a_files_name_may_have_dots(tmp_path):
+    (tmp_path / "matmul.v2.py").write_text(MATMUL)
+    assert launches.load(f"{tmp_path}/matmul.v2.py:matmul").arg_names[0] == "a_ptr"
 
 
 def test_a_file_within_a_package_is_imported_as_part_of_it(tmp_path):
@@ -296,6 +337,41 @@ def test_stages_that_are_given_replace_the_autotuners(folder):
 def test_an_autotuned_kernel_whose_launch_says_all_is_asked_once(folder):
     (found,) = described(folder, "tuned", args=ARGS | {"BLOCK": 16})
     assert json.loads(found.args)["BLOCK"] == 16
+
+
+def test_an_autotuner_that_sets_no_parameter_is_asked_for_its_warps_and_stages(folder):
+    found = described(folder, "whole")
+    assert [(q.num_warps, q.num_stages) for q in found] == [(4, 1), (4, 2), (8, 1), (8, 2)]
+
+
+def test_a_launchs_own_constant_stays_where_the_autotuner_sets_it_too(folder):
+    found = described(folder, "named", args=ARGS | {"BLOCK": 16})
+    own = [{name: json.loads(q.args).get(name) for name in ("BLOCK", "ACT")} for q in found]
+    assert own == [{"BLOCK": 16, "ACT": {"const": "relu"}}, {"BLOCK": 16, "ACT": None}]
+
+
+def test_an_autotuner_may_set_named_constants_and_types(folder):
+    found = described(folder, "named", args=ARGS)
+    own = [{name: json.loads(q.args).get(name) for name in ("BLOCK", "ACT")} for q in found]
+    assert own == [{"BLOCK": 32, "ACT": {"const": "relu"}}, {"BLOCK": 64, "ACT": None}]
+    (typed,) = described(folder, "typed", args={"pair": ["i32", "i64"], "out_ptr": "*fp32"})
+    assert json.loads(typed.args)["KIND"] == {"dtype": "bf16"}
+
+
+def test_what_an_autotuner_sets_and_a_launch_cannot_say_is_told(folder):
+    with pytest.raises(LaunchError, match=r"triton\.autotune sets KIND to .*rejected"):
+        described(folder, "calling", args={"pair": ["i32", "i64"], "out_ptr": "*fp32"})
+
+
+def test_a_table_of_launches_tells_tuples_apart(folder):
+    args = {"out_ptr": "*fp32", "KIND": {"dtype": "fp32"}}
+    questions = [
+        *described(folder, "paired", args={**args, "pair": ["i32", "i64"]}),
+        *described(folder, "paired", args={**args, "pair": ["i32", "i32"]}),
+    ]
+    table = tables.of_launches(records.frame(sweep.settled(of).asked() for of in questions))
+    assert list(table["pair"]) == [["i32", "i64"], ["i32", "i32"]]
+    assert "KIND" not in table
 
 
 # What the compiler says.
