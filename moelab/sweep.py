@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, compiler, lds_map, records, targets, toolchain
+from .launches import LaunchError
 from .specs import CapturedLaunch, LdsMap, Question
 
 if TYPE_CHECKING:
@@ -130,9 +131,12 @@ def _answered_by(
         )
     reply = json.loads(lines[-1])
     if "error" in reply:
-        kinds = {"ValueError": ValueError, "OSError": OSError}
-        raise kinds.get(reply["kind"], toolchain.ToolchainError)(reply["error"])
+        raise _RAISED[reply["kind"]](reply["error"])
     return reply["rows"]
+
+
+# What `_answered` raises of a question, the narrowest first.
+_RAISED = {"LaunchError": LaunchError, "ValueError": ValueError, "OSError": OSError}
 
 
 def serve() -> None:
@@ -144,9 +148,12 @@ def serve() -> None:
     questions, store, options = pickle.load(sys.stdin.buffer)
     try:
         reply: dict[str, Any] = {"rows": _answered(questions, store, **options)}
-    except (ValueError, OSError) as error:
-        kind = "OSError" if isinstance(error, OSError) else "ValueError"
+    except tuple(_RAISED.values()) as error:
+        kind = next(name for name, kind in _RAISED.items() if isinstance(error, kind))
         reply = {"error": str(error), "kind": kind}
+    except KeyboardInterrupt:
+        # Whoever asked was interrupted too, and says so.
+        sys.exit(128 + signal.SIGINT)
     with os.fdopen(reply_to, "w") as out:
         out.write(json.dumps(reply) + "\n")
 

@@ -87,7 +87,10 @@ class Toolchain:
         if started.returncode:
             words = (started.stderr.strip().splitlines() or ["no output"])[-1]
             raise ToolchainError(f"{self.name}: {words}")
-        python, triton = json.loads(started.stdout.splitlines()[-1])
+        try:
+            python, triton = json.loads(started.stdout.splitlines()[-1])
+        except (ValueError, IndexError):
+            raise ToolchainError(f"{self.name} is no Python: it ran nothing") from None
         return python, triton
 
 
@@ -164,7 +167,8 @@ def installed() -> list[Toolchain]:
     def numbers(place: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (0, part) for part in place.name.split(".")]
 
-    places = [place for place in folder("*").parent.glob("*") if (place / "triton").is_dir()]
+    # One that begins with a dot is still being filled, or was given up.
+    places = [place for place in folder("*").parent.glob("[!.]*") if (place / "triton").is_dir()]
     return [Toolchain(p.name, sys.executable, p) for p in sorted(places, key=numbers)]
 
 

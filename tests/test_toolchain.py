@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import pytest
 import triton
 
 from moelab import compiler, plan, records, sweep, targets, toolchain, upgrade
+from moelab.launches import LaunchError
+from moelab.specs import KernelLaunch
 from moelab.toolchain import ToolchainError
 
 NEWER = "99.1.0"
@@ -66,6 +69,11 @@ def test_what_was_installed_is_listed_by_version_and_found(home, pretend_triton)
     found = toolchain.find("3.9.1")
     assert not found.is_here
     assert found.versions()[1] == "3.9.1"
+
+
+def test_what_was_never_filled_is_not_listed(newer):
+    (toolchain.folder(".98.0-half") / "triton").mkdir(parents=True)
+    assert [found.name for found in toolchain.installed()] == [NEWER]
 
 
 def test_an_unknown_version_is_answered_with_those_there_are(newer):
@@ -180,6 +188,11 @@ def test_a_python_without_triton_is_told_in_its_words(tmp_path, monkeypatch):
         sweep.run(grid(), tmp_path / "rows", triton=str(python), progress=False)
 
 
+def test_a_program_that_is_no_python_is_told_as_such(tmp_path):
+    with pytest.raises(ToolchainError, match="/bin/true is no Python"):
+        sweep.run(grid(), tmp_path, triton="/bin/true", progress=False)
+
+
 @pytest.mark.parametrize("name", ["/nowhere/python", "/tmp"])
 def test_what_is_no_python_is_refused(name):
     with pytest.raises(ToolchainError, match="is not a Python that can be started"):
@@ -191,6 +204,29 @@ def test_an_error_of_the_question_arrives_as_one(newer, tmp_path):
     store.write_text("")
     with pytest.raises(OSError):
         sweep.run(grid(), store, triton=NEWER, jobs=1, progress=False)
+
+
+def test_a_launch_that_another_triton_refuses_arrives_as_one(newer, tmp_path):
+    (tmp_path / "kernel.py").write_text(
+        "import triton\n\n\n@triton.jit\ndef nothing(x_ptr):\n    pass\n"
+    )
+    question = KernelLaunch(
+        f"{tmp_path}/kernel.py:nothing", '{"x_ptr":"*bf16"}', '{"wrong":1}', 4, 2, None, "sm_90"
+    )
+    with pytest.raises(LaunchError, match="options: no 'wrong'"):
+        sweep.run([question], tmp_path / "rows", triton=NEWER, jobs=1, progress=False)
+
+
+def test_an_interrupt_ends_another_triton_without_a_traceback(tmp_path):
+    script = (
+        "import signal\n"
+        "from moelab import sweep\n"
+        "sweep._answered = lambda *_: signal.raise_signal(signal.SIGINT)\n"
+        "sweep.serve()\n"
+    )
+    request = pickle.dumps(([], tmp_path, {}))
+    ended = subprocess.run([sys.executable, "-c", script], input=request, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (130, b"")
 
 
 # With Tritons from the package index.
