@@ -9,6 +9,7 @@ alone looks fine.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -370,7 +371,7 @@ def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
         base: its row.
     """
     known = not _missing(base["split_k"])
-    tile = f" {Tile(*(base[name] for name in _BLOCKS))}" if known else ""
+    tile = f" {Tile(*(base[name] for name in _BLOCKS))}" if known else _constants(base["args"])
     stages = _counted(base["num_stages"], "stage")
     what = f"{base['kernel']}{tile}, {_counted(base['num_warps'], 'warp')}, {stages}"
     if not _missing(base["async_copy"]):
@@ -392,6 +393,12 @@ def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
     if len(fewer) and fewer.index[0] != ranked.index[0]:
         said += f" Fewer stages alone: {_proposed(fewer.iloc[0])}."
     return said
+
+
+def _constants(args: Any) -> str:
+    """List the numbers among a launch's constants, which tell an autotuner's choices apart."""
+    given = {} if _missing(args) else json.loads(args)
+    return "".join(f", {name} {of}" for name, of in given.items() if isinstance(of, (int, float)))
 
 
 def _proposed(row: Mapping[str, Any]) -> str:

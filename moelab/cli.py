@@ -287,6 +287,7 @@ def advise(
     with _wrong_use():
         times = None if measured is None else advice.read_measured(measured)
         if launch is not None:
+            _refuse_beside("--launch", *_OF_A_MODEL)
             asked: Sequence[Question] = plan.launches(
                 kernel,
                 launch,
@@ -311,6 +312,19 @@ def advise(
             asked, store, keep=keep, top=top, always=always, measured=times, jobs=jobs
         ):
             _propose(base, ranked, as_json)
+
+
+_OF_A_MODEL = ("tile", "model", "layer", "tp", "m", "x_format", "y_format", "scale_layout")
+
+
+def _refuse_beside(option: str, *names: str) -> None:
+    """Refuse options that another one leaves without a meaning."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is of moelab's own kernels; leave it out with {option}"
+            )
 
 
 def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:

@@ -121,9 +121,10 @@ def select(rows: pd.DataFrame, format: str, target: str, **wanted: Collection[st
         raise ExportError(
             f"{format} has no place for {', '.join(unknown)}; it takes {', '.join(kernels)}"
         )
-    kept = rows[(rows["target"] == target) & rows["model"].isin(list(problems.MODELS))]
+    of_models = rows[rows["model"].isin(list(problems.MODELS))]
+    kept = of_models[of_models["target"] == target]
     if kept.empty:
-        there = _listed(rows["target"]) or "none at all"
+        there = _listed(of_models["target"]) or "none at all"
         raise ExportError(f"no rows of a model's layers on {target}; those there are on: {there}")
     there = _listed(kept["kernel"])
     kept = kept[kept["kernel"].isin(list(kernels))]

@@ -144,11 +144,14 @@ def _parts(most: Buffer, buffers: Sequence[Buffer], num_stages: int) -> str:
         kept = max((b.end for b in buffers if b.operation == "local_alloc"), default=0)
         more = f", where what outlives an operation ends at {kept:,}" if kept < most.end else ""
         return f"scratch of one operation{more}"
-    each = most.size_bytes // most.copies
+    # Padding runs through all copies: it need not divide by them.
+    each = f"{most.size_bytes // most.copies:,}"
+    if most.size_bytes % most.copies:
+        each = f"about {each}"
     if most.copies == num_stages > 1:
-        return f"{most.copies} stages of {each:,}"
+        return f"{most.copies} stages of {each}"
     copies = "1 copy" if most.copies == 1 else f"{most.copies} copies"
-    return f"{copies} of {each:,} at num_stages = {num_stages}"
+    return f"{copies} of {each} at num_stages = {num_stages}"
 
 
 def _added(most: Buffer, without: Sequence[Buffer]) -> str:

@@ -74,6 +74,11 @@ def grid(
     Raises:
         ParameterError: a value is not one of the right ones; the message lists them.
     """
+    if isinstance(kernels, str) and ":" in kernels:
+        raise ParameterError(
+            f"kernels: {kernels!r} is not one of moelab's; `moelab lds` asks about it, and "
+            "`moelab advise --launch LAUNCH.json`"
+        )
     kernel_names = named("kernels", kernels, KERNELS)
     target_names = named("targets", targets, TARGETS)
     served = models in (None, "", "all")

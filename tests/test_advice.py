@@ -406,6 +406,13 @@ def test_the_verdict_without_alternatives(base, said):
     assert said in advice.verdict(advice.rank(frame(), base), base)
 
 
+def test_launches_of_an_autotuner_are_told_apart_by_their_constants():
+    args = {"x_ptr": "*bf16:16", "BLOCK_M": 128, "BLOCK_N": 64}
+    unknown = dict.fromkeys(("block_k", "split_k"))
+    said = advice.verdict(advice.rank(frame(), BASE), BASE | unknown | {"args": json.dumps(args)})
+    assert said.startswith("moe_gemm_a8w4, BLOCK_M 128, BLOCK_N 64, 8 warps")
+
+
 def test_a_base_that_its_neighbours_do_not_better_says_so():
     ranked = advice.rank(frame(SHORT, ONE_STAGE), SHORT)
     assert ranked["changed"].iloc[0] == advice.UNCHANGED

@@ -545,6 +545,22 @@ def test_a_wrong_value_of_advise_exits_2_with_the_right_ones(no_workers, tmp_pat
     assert "did you mean 'block_k'?" in " ".join(answer.stderr.split())
 
 
+@pytest.mark.parametrize("name", ["tile", "y-format"])
+def test_advice_on_a_launch_takes_no_option_of_a_model(no_workers, name):
+    given = ["advise", "--kernel", "f.py:k", "--launch", "l.json", "--target", "gfx950"]
+    answer = run(*given, f"--{name}", "fp8")
+    assert answer.exit_code == 2
+    assert f"--{name} is of moelab's own kernels; leave it out with --launch" in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["sweep", "advise"])
+def test_a_kernel_in_a_file_is_sent_to_the_commands_that_take_it(no_workers, command):
+    answer = run(command, "--kernel", "f.py:k", "--target", "gfx950")
+    assert answer.exit_code == 2
+    said = " ".join(answer.stderr.split())
+    assert "`moelab lds`" in said and "`moelab advise --launch LAUNCH.json`" in said
+
+
 # Help.
 
 

@@ -114,6 +114,11 @@ def test_the_sentence_says_what_async_copy_added():
     assert "there is no such buffer" in lds_map.sentence([X, W], 5120, 65536, 2, [X])
 
 
+def test_padding_that_copies_share_unevenly_is_no_exact_size_of_each():
+    padded = replace(W, size_bytes=4097)
+    assert "2 stages of about 2,048" in lds_map.sentence([X, padded], 5121, 65536, 2)
+
+
 def test_the_sentence_says_by_how_much_it_does_not_fit():
     said = lds_map.sentence([X, W], 5120, 4096, 3)
     assert "2 copies of 2,048 at num_stages = 3" in said
