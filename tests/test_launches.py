@@ -449,6 +449,16 @@ def test_an_option_of_no_backend_is_refused_with_those_there_are(folder, tmp_pat
         sweep.run(questions, tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("value", [None, 1, True])
+def test_a_text_is_not_taken_for_the_constant_that_it_spells(folder, value):
+    args = ARGS | {"BLOCK": 16}
+    constant, text = (
+        compiler.specialize(described(folder, args=args | {"ACT": of})[0])
+        for of in (value, {"const": str(value)})
+    )
+    assert constant.key != text.key and constant.ttir_key != text.ttir_key
+
+
 def test_an_edited_kernel_is_asked_again(tmp_path):
     for text in (MATMUL, MATMUL.replace("acc += tl.dot(a, b)", "acc += tl.dot(a, b) * 2")):
         (tmp_path / "matmul.py").write_text(text)

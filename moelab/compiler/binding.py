@@ -181,7 +181,14 @@ def specialize_types(
     ast = ASTSource(fn, types, constants, attributes)
     with compile_errors(), _without_announcements():
         parsed = backend.parse_options(options)
-    return bound_launch(ast, parsed, backend, target, async_copy)
+    launch = bound_launch(ast, parsed, backend, target, async_copy)
+    texts = [path for path, value in constants.items() if isinstance(value, str)]
+    if not texts:
+        return launch
+    # Triton's hash takes a text for what is spelled so: "None" for None, "1" for 1.
+    return dataclasses.replace(
+        launch, key=_digest([launch.key, texts]), ttir_key=_digest([launch.ttir_key, texts])
+    )
 
 
 def _check_options(options: Collection[str], target: Target) -> None:
