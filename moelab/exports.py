@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, problems, targets
+from . import __version__, problems, records, targets
 from .kernels.launch import AMD_OPTIONS, GROUP_M
 from .specs import Problem, Target, Tile
 
@@ -108,7 +108,7 @@ def select(rows: pd.DataFrame, format: str, target: str, **wanted: Collection[st
     """Keep the rows of models' layers that an export is about.
 
     Args:
-        rows: as `records.read` gives them.
+        rows: as `records.read` gives them; of equal questions the last counts.
         format: one of `FORMATS`; kernels that it has no place for are left out.
         wanted: values to keep, by column and as text: numbers as digits, async copy as on
             or off, what is missing as none. A column that is not named keeps all.
@@ -138,6 +138,9 @@ def select(rows: pd.DataFrame, format: str, target: str, **wanted: Collection[st
         kept = kept[_words(kept[column]).isin(list(values))]
         if kept.empty:
             raise ExportError(f"no rows with {column} {', '.join(values)}; there are {there}")
+    # Of a kernel that has changed since, the store has the rows of before, too.
+    asked = [column for column in records.KEY if column != "compile_key"]
+    kept = kept.drop_duplicates(asked, keep="last")
     for column in _ONE_OF:
         if kept[column].nunique(dropna=False) > 1:
             raise ExportError(

@@ -307,6 +307,12 @@ def test_rows_of_other_kernels_targets_and_tests_are_left_out():
     assert len(exports.select(frame(row(), *others), "vllm", "gfx950")) == 1
 
 
+def test_of_a_kernel_that_has_changed_the_last_answer_counts():
+    before = row() | {"compile_key": "before", "status": "out_of_lds", "lds_bytes": 999_999}
+    found = exports.select(frame(before, row() | {"compile_key": "since"}), "vllm", "gfx950")
+    assert list(found["status"]) == ["ok"]
+
+
 def test_one_kind_of_rows_can_be_asked_for():
     rows = frame(row(), row(async_copy=False), row(async_copy=False, tp=8))
     (kept,) = exports.select(
