@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -510,6 +511,30 @@ def test_what_a_crash_left_is_told(folder):
     found = captured(folder, code, name="crash.py")
     assert found.exit_code == -11
     assert [row["launched_from"] for row in found.launched] == ["crash.py:4", "crash.py:6"]
+
+
+def test_who_ends_the_capture_ends_the_command_and_is_told_what_it_did(folder, tmp_path):
+    code = """
+    import os, signal, time, torch
+    from kernels import copy
+    x = torch.empty(256, device="cuda")
+    copy[(1,)](x, x, 256, BLOCK=256)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+    """
+    (folder / "ended.py").write_text(textwrap.dedent(code))
+    command = [sys.executable, "-c", "from moelab.cli import app; app()", "capture"]
+    found = subprocess.run(
+        [*command, "--target", "gfx950", "--json", "--", "python", "ended.py"],
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["launched_from"] == "ended.py:5"
+    assert f"ended with {-signal.SIGTERM}" in found.stderr
+    assert list(tmp_path.glob("moelab-capture-*")) == []
 
 
 def test_an_error_of_the_script_is_its_own(folder):
