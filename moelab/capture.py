@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -181,12 +183,20 @@ def _run(command: Sequence[str], target: str, folder: Path) -> int:
         process = subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno())
     except OSError as error:
         raise CaptureError(f"{command[0]}: {error.strerror}; give a program after --") from None
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The command hears it too, and what it did until then is told.
-            continue
+    # Who ends this ends the command, and what it did until then is told.
+    listens = threading.current_thread() is threading.main_thread()
+    if listens:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # The command hears this without being told.
+                continue
+    finally:
+        if listens:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _joined(first: str, rest: str | None) -> str:

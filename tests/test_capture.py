@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -278,6 +279,46 @@ def test_launches_are_found_wherever_they_are_made(folder):
     assert sorted(launched) == ["copy"] * 5 + ["described", "in_gluon"]
 
 
+THREADS = """
+import sys, threading, torch
+from concurrent.futures import ThreadPoolExecutor
+from kernels import copy
+
+def step(i):
+    weight = torch.randn(64, 64, device="cuda", requires_grad=True)
+    y = torch.nn.functional.layer_norm(weight, (64,)).softmax(-1)
+    copy[(1,)](y, y, 64, BLOCK=16 << i % 2)
+    (y * 2).sum().backward()
+    assert weight.grad.is_cuda
+
+class Worker(threading.Thread):
+    def run(self):
+        step(0)
+        torch.zeros(1, device="cuda").item()
+
+sys.setswitchinterval(1e-5)
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(step, range(16)))
+worker = Worker()
+worker.start()
+worker.join()
+batches = torch.utils.data.DataLoader(
+    torch.zeros(4, 4), batch_size=2, num_workers=1, pin_memory=True
+)
+for batch in batches:
+    batch.cuda(non_blocking=True)
+"""
+
+
+def test_threads_launch_like_the_one_that_started_them(folder):
+    found = captured(folder, THREADS, name="threads.py")
+    assert sorted(row["launches"] for row in found.launched) == [8, 9]
+    assert {row["launched_from"] for row in found.launched} == {"threads.py:8"}
+    untold = [(row["status"], row["launched_from"]) for row in found.rows if not row["kernel"]]
+    assert untold == [("not_captured", "threads.py:15"), ("stopped", "threads.py:15")]
+    assert found.exit_code == 0
+
+
 def test_what_the_frontend_rejects_has_its_words(script):
     (row,) = at(script, "wrong")
     assert (row["status"], row["launches"]) == ("compile_error", 1)
@@ -300,6 +341,42 @@ def test_what_only_a_gpu_can_tell_is_listed_with_its_line(script):
         ("stopped", place("item")): ("NotCaptured: values were read (item): only a GPU could tell"),
     }
     assert script.exit_code == 1
+
+
+ASKS = """
+import copy, io, pickle, numpy, torch
+
+x = torch.zeros((), device="cuda")
+print(f"{x}", copy.copy(x).device, torch.cuda.memory_summary(), torch.cuda.initial_seed())
+assert not torch.cuda.is_current_stream_capturing()
+with torch.cuda.nvtx.range("a range"), torch.profiler.profile(
+    activities=[torch.profiler.ProfilerActivity.CUDA]
+):
+    x + 1
+for ask in (
+    lambda: f"{x:.3f}",
+    lambda: torch.save({"x": x}, io.BytesIO()),
+    lambda: pickle.dumps(x),
+    lambda: numpy.testing.assert_allclose(x.cpu(), 0),
+    lambda: torch.nn.GRU(8, 8).cuda()(torch.zeros(8, 8, device="cuda")),
+):
+    try:
+        ask()
+    except Exception:
+        pass
+"""
+
+
+def test_what_stops_for_want_of_a_gpu_is_no_error_of_the_script(folder):
+    found = captured(folder, ASKS, name="asks.py")
+    assert found.exit_code == 0
+    assert [(row["launched_from"], row["reason"].partition(" (")[0]) for row in found.rows] == [
+        ("asks.py:11", "values were read"),
+        ("asks.py:12", "values were read"),
+        ("asks.py:13", "values were read"),
+        ("asks.py:14", "values were read"),
+        ("asks.py:15", "an operator has no shape function"),
+    ]
 
 
 def test_a_tensor_of_the_cpu_is_refused_as_by_the_driver(script):
@@ -434,6 +511,30 @@ def test_what_a_crash_left_is_told(folder):
     found = captured(folder, code, name="crash.py")
     assert found.exit_code == -11
     assert [row["launched_from"] for row in found.launched] == ["crash.py:4", "crash.py:6"]
+
+
+def test_who_ends_the_capture_ends_the_command_and_is_told_what_it_did(folder, tmp_path):
+    code = """
+    import os, signal, time, torch
+    from kernels import copy
+    x = torch.empty(256, device="cuda")
+    copy[(1,)](x, x, 256, BLOCK=256)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+    """
+    (folder / "ended.py").write_text(textwrap.dedent(code))
+    command = [sys.executable, "-c", "from moelab.cli import app; app()", "capture"]
+    found = subprocess.run(
+        [*command, "--target", "gfx950", "--json", "--", "python", "ended.py"],
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["launched_from"] == "ended.py:5"
+    assert f"ended with {-signal.SIGTERM}" in found.stderr
+    assert list(tmp_path.glob("moelab-capture-*")) == []
 
 
 def test_an_error_of_the_script_is_its_own(folder):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +40,6 @@ def install(target: Target) -> None:
     from torch.utils import backend_registration
 
     backend_registration._setup_privateuseone_for_python_backend(_NAME)
-    # Backward passes run on the thread that has the modes.
-    torch.autograd.set_multithreading_enabled(False)
     # Else `torch.tensor` moves what it makes past the modes.
     torch._C._set_only_lift_cpu_tensors(True)
     for name in _VERSIONS:
@@ -48,6 +47,8 @@ def install(target: Target) -> None:
         setattr(torch.version, name, version)
     for name, stand_in in _cuda(target).items():
         setattr(torch.cuda, name, stand_in)
+    for name in ("mark", "range_push", "range_pop", "range_start", "range_end"):
+        setattr(torch.cuda.nvtx, name, _always(0))
     device = torch.device("cuda", 0)
     for name, answer in {
         "current_accelerator": device,
@@ -63,12 +64,24 @@ def install(target: Target) -> None:
     torch.Generator = _generator()  # type: ignore[misc]
     torch.library.Library.impl = _remember(torch.library.Library.impl)  # type: ignore[method-assign]
     torch.testing.assert_close = _compare_nothing(torch.testing.assert_close)
+    _profile_the_cpu(torch.autograd.profiler.profile)
     _describe(FakeTensor)
     _modes()
 
 
 def _always(answer: Any) -> Callable[..., Any]:
     return lambda *_, **__: answer
+
+
+def _profile_the_cpu(profile: Any) -> None:
+    """Let profilers note nothing of the device: each operator would complain of its events."""
+    prepare = profile.__init__
+
+    @functools.wraps(prepare)
+    def prepare_for_cpu(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepare(self, *args, **{**kwargs, "use_cuda": False, "use_device": None, "use_cpu": True})
+
+    profile.__init__ = prepare_for_cpu
 
 
 def _describe(fake: Any) -> None:
@@ -126,12 +139,19 @@ def _describe(fake: Any) -> None:
     fake.data_ptr = address
     for name in ("numpy", "__array__", "__dlpack__"):
         setattr(fake, name, unreadable(name))
+    # What pickles a tensor comes by its mode; what copies one does not.
+    mode.__reduce_ex__ = unreadable("pickle")  # type: ignore[method-assign]
+
+    def formatted(tensor: Any, how: str) -> str:
+        return unreadable("format")() if how else repr(tensor)
+
+    fake.__format__ = formatted
     # Nothing is to be initialized before a backward pass.
     setattr(fake_tensor, "init_gpu_context", _always(None))  # noqa: B010 (typed as a cache)
 
 
 def _modes() -> None:
-    """Enter the modes for good."""
+    """Enter the modes for good, in this thread and in every one that it starts."""
     import torch
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
@@ -145,6 +165,12 @@ def _modes() -> None:
     from torch.utils._pytree import tree_leaves, tree_map_only
 
     here, there = torch.device("cuda", 0), torch.device(_NAME, 0)
+    # One mode serves all threads, and what it notes while it runs an operator is the thread's.
+    running = threading.local()
+    FakeTensorMode.in_kernel_invocation = property(  # type: ignore[assignment]
+        lambda _: getattr(running, "operator", False),
+        lambda _, value: setattr(running, "operator", value),
+    )
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     aten = torch.ops.aten
     comparisons = {aten.equal.default: "torch.equal", aten.allclose.default: "torch.allclose"}
@@ -214,13 +240,32 @@ def _modes() -> None:
                 reason = f"values were read ({_plain(func)})"
             except DynamicOutputShapeException:
                 reason = f"a shape depends on values ({_plain(func)})"
-            except UnsupportedOperatorException:
+            except (UnsupportedOperatorException, NotImplementedError):
                 reason = f"an operator has no shape function ({func})"
             # Out here, so that tracebacks don't tell the way the refusal took.
             return recorder.refuse(reason)
 
-    Functions().__enter__()
-    Dispatch().__enter__()
+    def enter() -> None:
+        # Backward passes run on the thread that has the modes.
+        torch.autograd.set_multithreading_enabled(False)
+        Functions().__enter__()
+        Dispatch().__enter__()
+
+    start = threading.Thread.start
+
+    @functools.wraps(start)
+    def start_in_modes(thread: threading.Thread) -> None:
+        run = thread.run
+
+        def run_in_modes() -> None:
+            enter()
+            run()
+
+        thread.run = run_in_modes  # type: ignore[method-assign]
+        start(thread)
+
+    enter()
+    threading.Thread.start = start_in_modes  # type: ignore[assignment, method-assign]
 
     swap = torch.utils.swap_tensors
 
@@ -363,6 +408,9 @@ def _cuda(target: Target) -> dict[str, Any]:
         "memory_reserved": 0,
         "max_memory_reserved": 0,
         "memory_stats": {},
+        "memory_summary": "",
+        "initial_seed": 0,
+        "is_current_stream_capturing": False,
         "can_device_access_peer": False,
     }
     nothing = (

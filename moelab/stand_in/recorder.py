@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
 
 # Packages that stand between a line and what it asked for.
-_BETWEEN = ("torch", "triton", "_pytest", "pluggy")
+_BETWEEN = ("torch", "triton", "numpy", "typing_extensions", "_pytest", "pluggy")
 
 
 class NotCaptured(Exception):
@@ -38,10 +39,11 @@ class _Recorder:
 
     def write(self, line: bytes) -> None:
         if self.process != os.getpid():
-            # The first line, or the first one after a fork.
-            self.process = os.getpid()
-            path = self.folder / f"{self.process}.events"
+            # The first line, or the first one after a fork. Other threads may come by: the
+            # process is noted when there is a file to write to.
+            path = self.folder / f"{os.getpid()}.events"
             self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self.process = os.getpid()
         os.write(self.file, line)
 
 
@@ -61,6 +63,14 @@ def start(folder: str) -> None:
         shown(kind, error, trace)
 
     sys.excepthook = note_and_show
+    shown_of_thread = threading.excepthook
+
+    def note_and_show_of_thread(died: Any) -> None:
+        if died.exc_value is not None and died.exc_type is not SystemExit:
+            ended(died.exc_value)
+        shown_of_thread(died)
+
+    threading.excepthook = note_and_show_of_thread
 
 
 def event(kind: str, where: str | None = None, **said: Any) -> None:
@@ -75,8 +85,8 @@ def keep(launch: dict[str, Any]) -> str:
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = _recorder.folder / f"{key}.launch"
     if not path.exists():
-        # Whole or not at all: several processes may come upon the same launch.
-        part = path.with_suffix(f".{os.getpid()}")
+        # Whole or not at all: several processes and threads may come upon the same launch.
+        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         part.write_text(text)
         part.rename(path)
     return key
