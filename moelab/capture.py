@@ -320,8 +320,10 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def table(rows: pd.DataFrame) -> str:
     """Show launches as lines that can be read, and below them what was not told.
 
-    What does not fit comes first, then what takes most; kernels go by their own names.
+    What does not fit comes first, then what takes most; kernels go by their own names. What
+    an autotuner only tried, and fits, is left to the rows.
     """
+    rows = rows[(rows["launches"] > 0) | (rows["status"] != "ok")]
     rows = rows.assign(
         kernel=rows["kernel"].str.split(":").str[-1], fits=rows["status"] == "ok"
     ).sort_values(["fits", "lds_bytes"], ascending=[True, False], kind="stable")

@@ -534,11 +534,11 @@ def capture(
     It stops where it reads a value back, and the report says where. Results are not
     compared, and torch.compile is off.
 
-    Of an autotuner's configurations the first that fits counts as launched; the others are
-    listed with 0 launches.
+    Of an autotuner's configurations the first that fits counts as launched; of the others
+    those that fit are rows of --json and --export alone.
 
     Ends with 0 where every launch fits, 1 where one doesn't or doesn't compile, 2 after
-    wrong use, 3 where nothing was launched.
+    wrong use, 3 where nothing was launched or a signal ended the command early.
 
     \b
     Example:
@@ -561,7 +561,9 @@ def capture(
     else:
         click.echo(capture_.table(rows))
     click.echo(f"\n{capture_.summary(captured)}", err=True)
-    raise SystemExit(3 if not captured.launched else 1 if captured.unfit else 0)
+    if captured.unfit:
+        raise SystemExit(1)
+    raise SystemExit(3 if captured.exit_code < 0 or not captured.launched else 0)
 
 
 @app.command()

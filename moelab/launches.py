@@ -7,8 +7,10 @@ ahead-of-time compiler (``triton/tools/compile.py``): ``*`` is a pointer, ``:16`
 the value is divisible by 16, ``:1`` that it is 1. A launch knows one thing more of a
 pointer, which the AMD backend looks at: whether its tensor spans less than 2 GiB. That is
 assumed; ``*bf16:16:large`` says otherwise. Constants are numbers, booleans and null,
-``{"const": "text"}``, ``{"dtype": "bf16"}``; a list is a tuple of any of these. Parameters
-with a default may be left out, and those that ``triton.autotune`` sets.
+``{"const": "text"}``, ``{"dtype": "bf16"}``; a list is a tuple of any of these. A constant is
+one for the compiler too, also where the kernel would get it at run time: for that give
+``i32:16``, as a launch with 4096 does. Parameters with a default may be left out, and those
+that ``triton.autotune`` sets.
 """
 
 from __future__ import annotations

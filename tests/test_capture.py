@@ -531,7 +531,7 @@ def test_who_ends_the_capture_ends_the_command_and_is_told_what_it_did(folder, t
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr
+    assert found.returncode == 3, found.stderr
     assert json.loads(found.stdout)["launched_from"] == "ended.py:5"
     assert f"ended with {-signal.SIGTERM}" in found.stderr
     assert list(tmp_path.glob("moelab-capture-*")) == []
@@ -558,6 +558,9 @@ def test_the_exit_code_says_whether_all_fits(monkeypatch, script):
         found = capture.Capture(**told | {"rows": rows})
         monkeypatch.setattr(capture, "run", lambda *_, found=found, **__: found)
         assert invoked("--", "python", "script.py").exit_code == code
+    died = capture.Capture(**told | {"rows": fitting, "exit_code": -11})
+    monkeypatch.setattr(capture, "run", lambda *_, **__: died)
+    assert invoked("--", "python", "script.py").exit_code == 3, "it would have launched more"
     assert invoked().exit_code == 2, "there is no command"
 
 
