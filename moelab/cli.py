@@ -140,6 +140,7 @@ def sweep(
 @contextlib.contextmanager
 def _wrong_use() -> Iterator[None]:
     """Tell what the user gave from what the machine lacks: exit codes 2 and 1."""
+    from .bench import MeasureError
     from .launches import LaunchError
     from .parameters import ParameterError
     from .toolchain import ToolchainError
@@ -148,7 +149,7 @@ def _wrong_use() -> Iterator[None]:
         yield
     except (ParameterError, LaunchError) as error:
         raise click.UsageError(str(error)) from None
-    except (OSError, ValueError, ToolchainError) as error:
+    except (OSError, ValueError, ToolchainError, MeasureError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -325,6 +326,68 @@ def _refuse_beside(option: str, *names: str) -> None:
             raise click.UsageError(
                 f"--{name.replace('_', '-')} is of moelab's own kernels; leave it out with {option}"
             )
+
+
+@_as_sweep_has(
+    *("kernel", "tile", "warps", "stages", "async_copy", "model", "layer", "tp", "m"),
+    *("x_format", "scale_layout", "export", "store", "jobs"),
+)
+@app.command()
+@click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
+@click.option("--seed", default=0, help="Of inputs and routing.")
+@click.option("--rounds", default=12, help="Turns of all configurations of a problem.")
+@click.option("--repetitions", default=10, help="Samples of each in a round.")
+@_as_json
+def measure(
+    workload: str,
+    seed: int,
+    rounds: int,
+    repetitions: int,
+    kernel: str,
+    export: Path | None,
+    store: Path,
+    jobs: int | None,
+    as_json: bool,
+    **same: Any,
+) -> None:
+    """Time what fits on the GPU at hand, after checking its result and its LDS.
+
+    Configurations of a problem take turns in random order; each sample follows a flush of
+    the L2. Beside each time stands what compute and bandwidth allow, measured in the same run.
+
+    \b
+    Example:
+      moelab measure --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" \\
+        --tile 128x128x128,128x256x128 --warps 8 --stages 1,2,3,4 --export measured.parquet
+    """
+    from . import bench, plan, records, tables
+
+    with _wrong_use():
+        asked = plan.grid(
+            kernels=kernel,
+            targets=bench.gpu().target.name,
+            **{_PLURAL.get(name, name): value for name, value in same.items()},
+        )
+        rows = bench.measure(
+            asked,
+            store,
+            workload=workload,
+            seed=seed,
+            rounds=rounds,
+            repetitions=repetitions,
+            jobs=jobs,
+        )
+        if export is not None:
+            records.export(rows, export)
+    if as_json:
+        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+    else:
+        _print(tables.measured(rows))
+        _remarks(rows)
+
+
+# What the command line calls in the singular.
+_PLURAL = {"tile": "tiles", "model": "models", "layer": "layers"}
 
 
 def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # What earlier schemas did not say, for it was always so: of 1, and of 2.
 _SINCE: dict[int, dict[str, Any]] = {
@@ -33,6 +33,13 @@ _SINCE: dict[int, dict[str, Any]] = {
         "split_k": 1,
     },
     3: {"args": None, "options": None, "buffers": None},
+    4: dict.fromkeys(
+        (
+            *("gpu", "workload", "run", "time_us", "time_low_us", "time_high_us", "tflops"),
+            *("roof_tflops", "samples_us", "largest_error", "loaded_lds_bytes", "clock_mhz"),
+            *("temperature_c", "made_by"),
+        )
+    ),
 }
 
 # Every column, in order, with its pandas type. Nullable types: a missing figure is
@@ -69,6 +76,9 @@ COLUMNS = {
     "async_copy": "boolean",  # missing where the target has no such switch
     "mode": "string",  # one of MODES: what was asked
     "compile_key": "string",  # equal for launches that compile to the same code
+    "gpu": "string",  # name of the device; here and below missing unless mode is measured
+    "workload": "string",  # routing: which experts tokens visit, and the seed
+    "run": "string",  # one call's, whose rows were interleaved
     "status": "string",  # one of STATUSES
     "reason": "string",  # why the status isn't ok
     "lds_bytes": "Int64",
@@ -84,6 +94,17 @@ COLUMNS = {
     "workgroups_per_cu": "Int64",
     "warps_per_simd": "Float64",
     "occupancy_limit": "string",  # lds, registers, warps or workgroups
+    "time_us": "Float64",  # median over rounds of each round's median
+    "time_low_us": "Float64",  # 95% interval of that, from the rounds' spread
+    "time_high_us": "Float64",
+    "tflops": "Float64",  # useful FLOPs over time_us
+    "roof_tflops": "Float64",  # the least of what compute and bandwidth allow, measured
+    "samples_us": "string",  # JSON: a list of samples for each round
+    "largest_error": "Float64",  # of y, over the largest element of the reference
+    "loaded_lds_bytes": "Int64",  # as the loaded kernel reports
+    "clock_mhz": "Float64",  # of the SMs, median over rounds
+    "temperature_c": "Float64",  # of the device, the highest of the rounds
+    "made_by": "string",  # JSON: driver, PyTorch, kernel source, date
     "moelab": "string",
     "schema": "Int64",
 }
@@ -92,11 +113,14 @@ MODES = {
     "lds": "the LDS, by the shortest way",
     "map": "and what takes it",
     "full": "and what the finished machine code takes",
+    "measured": "and how long it takes on the GPU at hand",
 }
 
 STATUSES = {
     "ok": "fits",
     "out_of_lds": "needs more LDS / shared memory than a workgroup may use",
+    "wrong_result": "its output is not the reference's; it was not timed",
+    "lds_differs": "the GPU loaded other LDS than was told, a fault of moelab's; not timed",
     "out_of_tmem": "needs more tensor memory than an SM has",
     "compile_error": "the compiler rejects it; `reason` has its words",
     "crashed": "the compiler died; `reason` has its last words",

@@ -25,14 +25,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__, compiler, lds_map, records, targets, toolchain
 from .launches import LaunchError
-from .specs import CapturedLaunch, LdsMap, Question
+from .specs import CapturedLaunch, Configuration, KernelLaunch, LdsMap, Question
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Q = TypeVar("Q", bound=Configuration | KernelLaunch)
 
 # Of a healthy compile; the longest seen took 40 s, num_stages=64 more than 90 s.
 TIMEOUT_S = 120
@@ -173,7 +175,7 @@ def _answered(
         for row in records.journalled(store)
         if row["status"] not in records.UNANSWERED
     }
-    asked = [_row(question, mode) for question in questions]
+    asked = [asked_row(question, mode) for question in questions]
     missing: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(asked):
         if records.key(row) not in known:
@@ -182,7 +184,7 @@ def _answered(
     with records.Journal(store) as journal, progress_bar(len(asked), left, progress) as bar:
         # Another question's row may answer what compiles to the same code.
         stored = {
-            row["compile_key"]: _answer_of(row) for row in known.values() if row["mode"] == mode
+            row["compile_key"]: answer_of(row) for row in known.values() if row["mode"] == mode
         }
         to_compile = {
             key: questions[indices[0]] for key, indices in missing.items() if key not in stored
@@ -201,7 +203,7 @@ def _answered(
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, left: int, progress: bool) -> Iterator[Any]:
+def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -> Iterator[Any]:
     """Show what is left, on stderr; of a notebook's runner where it says which."""
     from tqdm import tqdm
 
@@ -213,7 +215,7 @@ def progress_bar(total: int, left: int, progress: bool) -> Iterator[Any]:
             tqdm(
                 total=total,
                 initial=total - left,
-                desc="compile",
+                desc=what,
                 unit="config",
                 leave=False,
                 disable=not (progress and left),
@@ -222,7 +224,7 @@ def progress_bar(total: int, left: int, progress: bool) -> Iterator[Any]:
         )
 
 
-def settled(question: Question) -> Question:
+def settled(question: Q) -> Q:
     """Say on or off where the question leaves async copy to the Triton that compiles."""
     if question.async_copy != "default":
         return question
@@ -230,7 +232,7 @@ def settled(question: Question) -> Question:
     return replace(question, async_copy=decided)
 
 
-def _row(question: Question, mode: str) -> dict[str, Any]:
+def asked_row(question: Question, mode: str) -> dict[str, Any]:
     """Start a question's row: everything that is asked."""
     return question.asked() | {
         "triton": compiler.triton_version(),
@@ -247,11 +249,14 @@ def _compile_key(question: Question) -> str:
         return hashlib.sha256(repr(question).encode()).hexdigest()[:16]
 
 
-def _answer_of(row: dict[str, Any]) -> dict[str, Any]:
+def answer_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Take a row's second half: what was answered."""
     return {name: value for name, value in row.items() if name not in records.KEY}
 
 
-def answer(question: Question | CapturedLaunch, mode: str) -> dict[str, Any]:
+def answer(
+    question: Question | CapturedLaunch, mode: str, cache: Path | None = None
+) -> dict[str, Any]:
     """Ask the compiler, in this process; returns a row's second half.
 
     Args:
@@ -266,7 +271,7 @@ def answer(question: Question | CapturedLaunch, mode: str) -> dict[str, Any]:
         allocation, lds_map_ = _mapped(launch)
         found["buffers"] = lds_map.to_json(lds_map_)
     if mode == "full":
-        allocation, resources = compiler.full(launch)
+        allocation, resources = compiler.full(launch, cache)
         found |= asdict(resources)
         occupancy = targets.occupancy(
             target, allocation.lds_bytes, resources.registers, question.num_warps
@@ -308,12 +313,17 @@ def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[st
 
 
 def compile_all(
-    questions: Mapping[str, Question | CapturedLaunch], mode: str, jobs: int, timeout_s: float
+    questions: Mapping[str, Question | CapturedLaunch],
+    mode: str,
+    jobs: int,
+    timeout_s: float,
+    cache: Path | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each key's answer as it comes; a failure is an answer too.
 
     Args:
         mode: one of `records.MODES`.
+        cache: a Triton cache to leave the code of a full compile in.
     """
     from pebble import ProcessPool
 
@@ -331,7 +341,9 @@ def compile_all(
             keys: dict[Future[Any], str] = {}
             for key, question in questions.items():
                 log = Path(logs) / key
-                future = pool.schedule(_compile_one, args=[question, mode, log], timeout=timeout_s)
+                future = pool.schedule(
+                    _compile_one, args=[question, mode, log, cache], timeout=timeout_s
+                )
                 keys[future] = key
             for done in as_completed(keys):
                 key = keys[done]
@@ -416,13 +428,15 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _compile_one(question: Question | CapturedLaunch, mode: str, log: Path) -> dict[str, Any]:
+def _compile_one(
+    question: Question | CapturedLaunch, mode: str, log: Path, cache: Path | None = None
+) -> dict[str, Any]:
     """Answer in a worker, whose stdout and stderr are the compiler's diary."""
     with log.open("w") as diary:
         # Where ptxas fails, Triton prints all of its input to stdout.
         for stream in (sys.stdout, sys.stderr):
             os.dup2(diary.fileno(), stream.fileno())
-        return answer(question, mode)
+        return answer(question, mode, cache)
 
 
 def cores() -> int:

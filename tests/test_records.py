@@ -44,6 +44,9 @@ ROW = {
     "async_copy": True,
     "mode": "full",
     "compile_key": "0123456789abcdef",
+    "gpu": "NVIDIA H200",
+    "workload": "uniform, 0",
+    "run": "20261123T170000-abcdef",
     "status": "ok",
     "reason": None,
     "lds_bytes": 10304,
@@ -59,12 +62,30 @@ ROW = {
     "workgroups_per_cu": 8,
     "warps_per_simd": 7.5,
     "occupancy_limit": "warps",
+    "time_us": 12.5,
+    "time_low_us": 12.25,
+    "time_high_us": 12.75,
+    "tflops": 700.5,
+    "roof_tflops": 1400.5,
+    "samples_us": "[[12.5], [12.25]]",
+    "largest_error": 0.001,
+    "loaded_lds_bytes": 10304,
+    "clock_mhz": 1980.0,
+    "temperature_c": 40.0,
+    "made_by": '{"torch": "2.11.0"}',
     "moelab": "0.1.0",
-    "schema": 3,
+    "schema": 4,
 }
 
 # What rows of earlier schemas meant, which had no columns for it.
-UNSAID_IN_2 = {"args": None, "options": None, "buffers": None}
+UNSAID_IN_3 = dict.fromkeys(
+    (
+        *("gpu", "workload", "run", "time_us", "time_low_us", "time_high_us", "tflops"),
+        *("roof_tflops", "samples_us", "largest_error", "loaded_lds_bytes", "clock_mhz"),
+        *("temperature_c", "made_by"),
+    )
+)
+UNSAID_IN_2 = {"args": None, "options": None, "buffers": None, **UNSAID_IN_3}
 UNSAID = {
     1: {
         "scatter": False,
@@ -76,6 +97,7 @@ UNSAID = {
         **UNSAID_IN_2,
     },
     2: UNSAID_IN_2,
+    3: UNSAID_IN_3,
 }
 OLD_ROW = {
     schema: {name: value for name, value in ROW.items() if name not in unsaid} | {"schema": schema}
@@ -192,7 +214,7 @@ def test_an_earlier_row_answers_the_same_question_now(tmp_path, schema):
     (row,) = records.journalled(tmp_path)
     assert records.key(row) == records.key(ROW | UNSAID[schema])
     write(tmp_path, ROW | UNSAID[schema], ROW)
-    assert [row["schema"] for row in plain(records.read(tmp_path))] == [3, 3]
+    assert [row["schema"] for row in plain(records.read(tmp_path))] == [4, 4]
 
 
 @every_schema
@@ -206,7 +228,7 @@ def test_rows_of_all_schemas_are_exported_together(tmp_path):
     write(tmp_path / "store", *OLD_ROW.values(), ROW)
     rows = records.read(tmp_path / "store")
     assert_frame_equal(records.read(records.export(rows, tmp_path / "rows.parquet")), rows)
-    assert list(rows["schema"]) == [1, 2, 3]
+    assert list(rows["schema"]) == [1, 2, 3, 4]
 
 
 # Writers.

@@ -146,7 +146,9 @@ def test_what_a_kernel_refuses_is_a_row_with_its_words_beside_those_that_compile
 
 def test_what_was_refused_is_not_asked_again(tmp_path, no_workers):
     (refused,) = grid(x_format="mxfp8", stages=1)
-    row = sweep._row(refused, "lds") | sweep._stamped("compile_error", "no", targets.get("gfx950"))
+    row = sweep.asked_row(refused, "lds") | sweep._stamped(
+        "compile_error", "no", targets.get("gfx950")
+    )
     with records.Journal(tmp_path) as journal:
         journal.append(row)
     assert list(sweep.run([refused], tmp_path, progress=False)["reason"]) == ["no"]
@@ -296,7 +298,7 @@ def test_rows_of_another_triton_answer_nothing(tmp_path, asked, monkeypatch):
 @pytest.mark.parametrize("status", ["crashed", "timeout"])
 def test_a_failure_of_the_machine_answers_no_other_configuration(tmp_path, asked, status):
     (first,) = grid(stages=1)
-    row = sweep._row(first, "lds") | sweep._stamped(status, "", targets.get("gfx950"))
+    row = sweep.asked_row(first, "lds") | sweep._stamped(status, "", targets.get("gfx950"))
     with records.Journal(tmp_path) as journal:
         journal.append(row)
     (same_code,) = grid(m=1536, stages=1)
@@ -357,7 +359,7 @@ def test_progress_goes_where_a_notebooks_runner_says(tmp_path, asked, capfd, mon
 # Workers that fail. What runs in a worker is imported from this module by its name.
 
 
-def misbehave(configuration, full, log):
+def misbehave(configuration, full, log, cache):
     """Stand in for the compile in a worker; the stage count says what goes wrong."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     wrong = configuration.num_stages

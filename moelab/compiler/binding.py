@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .. import kernels, launches, targets
@@ -296,18 +297,28 @@ def _binder(fn: Any, target: str) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def settings(launch: Launch) -> Iterator[None]:
+def settings(launch: Launch, cache: Path | None = None) -> Iterator[None]:
     """Apply a launch's compiler switches, and a cache that nobody else wrote to."""
     from triton import knobs
 
     with contextlib.ExitStack() as stack:
-        cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
+        folder = cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
         stack.enter_context(_environment(launch.environment))
         stack.enter_context(knobs.amd.scope())
         stack.enter_context(knobs.cache.scope())
-        knobs.cache.dir = cache
+        knobs.cache.dir = str(folder)
         if launch.async_copy is not None:
             knobs.amd.use_async_copy = launch.async_copy
+        yield
+
+
+@contextlib.contextmanager
+def cache_at(folder: Path) -> Iterator[None]:
+    """Let launches find in a cache what `full` left there."""
+    from triton import knobs
+
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder)
         yield
 
 

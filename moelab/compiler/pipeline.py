@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..specs import Target
@@ -225,15 +226,17 @@ def _leave_after_allocation(backend: str) -> Iterator[None]:
         setattr(holder, name, schedule)
 
 
-def full(launch: Launch) -> tuple[Allocation, Resources]:
+def full(launch: Launch, cache: Path | None = None) -> tuple[Allocation, Resources]:
     """Compile to machine code and read its resources.
 
+    Args:
+        cache: folder of a Triton cache, where a launch will find the code; None keeps none.
     Raises:
         CompileError: the compiler rejects the kernel.
     """
     import triton
 
-    with settings(launch), compile_errors(), _compilable(launch.ast) as source:
+    with settings(launch, cache), compile_errors(), _compilable(launch.ast) as source:
         compiled = triton.compile(
             source, target=gpu_target(launch.target), options=dict(launch.options)
         )

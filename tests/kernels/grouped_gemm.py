@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from unittest import mock
 
 import pytest
 import torch
 
-from moelab.kernels import KERNELS, load
+from moelab.kernels import KERNELS, inputs
 from moelab.kernels.epilogue import SwiGLU
 from moelab.kernels.formats import (
     FP8_BLOCK,
     MX_GROUP,
     dequantize_mxfp4,
     dequantize_mxfp8,
-    quantize_fp8,
-    quantize_fp8_blocks,
-    quantize_mxfp4,
-    quantize_mxfp8,
-    shuffle_scales_cdna4,
 )
-from moelab.kernels.router import route
+from moelab.kernels.inputs import Inputs
 from moelab.kernels.routing import Routing
 from moelab.specs import TensorSpec, Tile
 
@@ -147,32 +142,8 @@ def counted(generator: torch.Generator, counts: Sequence[int]) -> torch.Tensor:
     return owner[order][:, None]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A grouped GEMM's tensors, and what launch and reference are both asked for."""
-
-    kernel: str
-    x: torch.Tensor
-    w: torch.Tensor
-    x_scale: torch.Tensor
-    w_scale: torch.Tensor
-    routing: Routing
-    k: int
-    bias: torch.Tensor | None
-    gather: bool
-    weighted: bool
-    scatter: bool
-    swiglu: SwiGLU | None
-    # What launcher and reference of this kernel alone take by name.
-    own: dict = field(default_factory=dict)
-
-    @property
-    def n_out(self) -> int:
-        return self.w.shape[1] // (2 if self.swiglu else 1)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.x, self.w, self.x_scale, self.w_scale
+class Case(Inputs):
+    """A grouped GEMM's tensors, launched so that nothing is hidden."""
 
     @property
     def values(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,21 +161,6 @@ class Case:
         row = torch.arange(values.shape[-2], device=values.device) // rows
         block = torch.arange(values.shape[-1], device=values.device) // FP8_BLOCK
         return values * scale[..., row, :][..., block]
-
-    @property
-    def layer(self) -> dict:
-        return {
-            "bias": self.bias,
-            "gather": self.gather,
-            "weighted": self.weighted,
-            "scatter": self.scatter,
-            "swiglu": self.swiglu,
-        }
-
-    def run(self, tile: Tile, **options):
-        """Call the launcher as its users do."""
-        launcher = getattr(load(self.kernel), self.kernel)
-        return launcher(*self.tensors, self.routing, tile, **self.layer, **self.own, **options)
 
     def launch(self, tile: Tile, *, y_format="fp32", **options):
         """Run the kernel between fences and into poisoned memory."""
@@ -231,115 +187,22 @@ class Case:
         assert all(map(torch.Tensor.is_set_to, outputs, poisoned.tensors)), "y lies elsewhere"
         return y
 
-    def expected(self) -> torch.Tensor:
-        """Ask the kernel's reference for one expert at a time: float64 weights are large."""
-        reference = load(self.kernel).reference
-        ends = self.routing.expert_end.tolist()
-        parts = [self.x.new_zeros((0, self.n_out), dtype=torch.float64)]
-        for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if start == end:
-                continue
-            rows = slice(start, end)
-            x, x_scale = self.x, self.x_scale
-            if not self.gather:
-                x = x[rows]
-                x_scale = x_scale[rows] if x_scale.dim() == 2 else x_scale
-            one = replace(
-                self.routing,
-                gather_index=self.routing.gather_index[rows],
-                expert_end=self.routing.expert_end.new_tensor([end - start]),
-                weight=self.routing.weight[rows],
-            )
-            bias = None if self.bias is None else self.bias[expert, None]
-            only = slice(expert, expert + 1)
-            layer = self.layer | {"bias": bias, "scatter": False}
-            parts.append(
-                reference(x, self.w[only], x_scale, self.w_scale[only], one, **layer, **self.own)
-            )
-        y = torch.cat(parts)
-        if self.scatter:
-            y = torch.empty_like(y).index_copy_(0, self.routing.scatter_index.long(), y)
-        return y
-
     def check(self, y, **how) -> None:
         """Assert that y is what the reference expects; see `assert_close`."""
         assert_close(y, self.expected(), self.k, **how)
 
 
 def make(
-    kernel: str,
-    generator: torch.Generator,
-    expert: torch.Tensor,
-    tile: Tile,
-    *,
-    experts: int,
-    n: int,
-    k: int,
-    gather: bool = True,
-    bias: bool = False,
-    weighted: bool = False,
-    scatter: bool = False,
-    swiglu: SwiGLU | None = None,
-    fp8: torch.dtype = torch.float8_e4m3fn,
-    x_format: str | None = None,
-    scale_layout: str | None = None,
+    kernel: str, generator: torch.Generator, expert: torch.Tensor, tile: Tile, **shape
 ) -> Case:
-    """Draw a problem's tensors; the accumulator's deviation is 3, so that a limit of 7 bites.
+    """Draw a problem's tensors; see `moelab.kernels.inputs.draw`.
 
     Args:
         expert: ``[m, top_k]``, from `spread` or `counted`.
     """
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, device=generator.device)
-
-    m, top_k = expert.shape
-    weight = torch.rand(m, top_k, generator=generator, device=generator.device)
-    quantize_x, quantize_w = quantizers(kernel, x_format, fp8)
-    x, x_scale = quantize_x(normal(m if gather else m * top_k, k))
-    # One expert at a time: the float32 weights of a whole layer take gigabytes.
-    w, w_scale = zip(
-        *(quantize_w(normal(n, k) * (3 / k**0.5)) for _ in range(experts)), strict=True
-    )
-    w_scales = torch.cat(w_scale) if w_scale[0].dim() == 1 else torch.stack(w_scale)
-    own: dict = {"k": k} if kernel == "moe_gemm_a4w4" else {}
-    if scale_layout:
-        own["scale_layout"] = scale_layout
-        w_scales = shuffle_scales_cdna4(w_scales) if scale_layout == "cdna4" else w_scales
-    return Case(
-        kernel=kernel,
-        x=x,
-        # Not every build stacks fp8.
-        w=torch.stack([each.view(torch.uint8) for each in w]).view(w[0].dtype),
-        x_scale=x_scale,
-        w_scale=w_scales,
-        routing=route(expert, weight, experts, tile.block_m),
-        k=k,
-        bias=normal(experts, n) if bias else None,
-        gather=gather,
-        weighted=weighted,
-        scatter=scatter,
-        swiglu=swiglu,
-        own=own,
-    )
-
-
-def quantizers(kernel: str, x_format: str | None, fp8: torch.dtype) -> tuple[Callable, Callable]:
-    """Give what makes a kernel's x ``[rows, k]`` and one expert's w ``[n, k]``."""
-    return {
-        "moe_gemm_a8w8": (lambda x: quantize_fp8(x, fp8), lambda w: quantize_fp8(w, fp8)),
-        "moe_gemm_a8w8_blockscale": (
-            lambda x: quantize_fp8_blocks(x, fp8, rows=1),
-            lambda w: quantize_fp8_blocks(w, fp8, rows=FP8_BLOCK),
-        ),
-        "moe_gemm_a8w4": (
-            quantize_mxfp8
-            if x_format == "mxfp8"
-            else lambda x: quantize_fp8(x, torch.float8_e4m3fn),
-            quantize_mxfp4,
-        ),
-        "moe_gemm_a4w4": (quantize_mxfp4, quantize_mxfp4),
-    }[kernel]
+    weight = torch.rand(expert.shape, generator=generator, device=generator.device)
+    shape = {"fp8": torch.float8_e4m3fn} | shape
+    return Case(**vars(inputs.draw(kernel, generator, expert, weight, tile.block_m, **shape)))
 
 
 def tolerance(k: int, device: torch.device, fast_accum: bool = False) -> float:

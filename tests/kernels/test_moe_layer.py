@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grouped_gemm import PLAIN, SMALL, assert_close, every_kernel, make, quantizers
+from grouped_gemm import PLAIN, SMALL, assert_close, every_kernel, make
 
+from moelab.kernels.inputs import quantizers
 from moelab.kernels.router import reduce_top_k, route_logits, top_k
 from moelab.specs import Tile
 
