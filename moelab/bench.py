@@ -407,19 +407,20 @@ def _rates(row: Mapping[str, Any], of: Configuration, roofs: Roofs) -> dict[str,
     }
 
 
+def _driver() -> str | None:
+    """Read the kernel driver's version, where the system shows it."""
+    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().strip()
+    return None
+
+
 @functools.cache
 def _made_by() -> dict[str, Any]:
     import torch
 
-    driver = None
-    with contextlib.suppress(Exception):
-        # nvidia-ml-py, which PyTorch's sensors use too.
-        import pynvml
-
-        pynvml.nvmlInit()
-        driver = pynvml.nvmlSystemGetDriverVersion()
     return {
-        "driver": driver,
+        "driver": _driver(),
         "torch": torch.__version__,
         "triton": compiler.triton_version(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
