@@ -184,7 +184,9 @@ def _answered(
     with records.Journal(store) as journal, progress_bar(len(asked), left, progress) as bar:
         # Another question's row may answer what compiles to the same code.
         stored = {
-            row["compile_key"]: answer_of(row) for row in known.values() if row["mode"] == mode
+            row.get("compile_key"): answer_of(row)
+            for row in known.values()
+            if row.get("mode") == mode
         }
         to_compile = {
             key: questions[indices[0]] for key, indices in missing.items() if key not in stored
