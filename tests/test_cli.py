@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import compiler, plan, records, report, sweep, toolchain
+from moelab import cli, compiler, plan, records, report, sweep, toolchain
 from moelab.cli import app
 from moelab.kernels import KERNELS
 from moelab.problems import DENSE
@@ -265,6 +265,13 @@ def test_a_map_tells_which_buffer_takes_most_and_what_async_copy_added(tmp_path)
         "w",
         "w_scale",
     ]
+
+
+@pytest.mark.parametrize(("mode", "told"), [("lds", 1), ("map", 1), ("full", 0), ("measured", 0)])
+def test_a_full_compile_is_remarked_on_where_less_was_asked(mode, told, capsys):
+    rows = records.frame([{"mode": mode, "method": "full", "status": "ok"}])
+    cli._remarks(rows)
+    assert capsys.readouterr().err.count("was not checked") == told
 
 
 # lds.
