@@ -163,6 +163,12 @@ def _check(questions: Sequence[Configuration], here: Gpu) -> None:
     for of in questions:
         if of.target != here.target.name:
             raise MeasureError(f"this is a {here.name}, {here.target.name}, not {of.target}")
+        if of.async_copy != (default := compiler.default_async_copy(here.target)):
+            # One process has one setting: what it launched is cached without it.
+            raise MeasureError(
+                f"async copy {'on' if of.async_copy else 'off'}: launches here have it "
+                f"{'on' if default else 'off'}; set TRITON_HIP_USE_ASYNC_COPY for the whole command"
+            )
         if of.kernel in problems.DENSE or of.problem.y_format != "bf16":
             raise MeasureError(
                 f"{of.kernel} with y in {of.problem.y_format}: measured are MoE GEMMs, with y in "

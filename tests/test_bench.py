@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moelab import advice, bench, plan, records, targets
+from moelab import advice, bench, compiler, plan, records, targets
 from moelab.bench import MeasureError, Roofs
 
 
@@ -42,6 +42,15 @@ def test_without_a_gpu_measuring_says_so(tmp_path, monkeypatch):
 def test_a_wrong_value_is_refused_before_a_gpu_is_looked_for(tmp_path, changed, words):
     with pytest.raises(ValueError, match=words):
         bench.measure(grid(targets="gfx950"), tmp_path, **changed)
+
+
+def test_async_copy_is_measured_as_this_process_has_it_and_no_other():
+    chip = bench.Gpu("MI355X", targets.get("gfx950"))
+    (off, on) = grid(targets="gfx950", tiles="16x64x128", stages=1, async_copy="both")
+    asked = on if compiler.default_async_copy(chip.target) else off
+    bench._check([asked], chip)
+    with pytest.raises(MeasureError, match="set TRITON_HIP_USE_ASYNC_COPY"):
+        bench._check([on if asked is off else off], chip)
 
 
 def test_a_round_is_one_sample_however_many_repetitions_it_has():
