@@ -6,20 +6,13 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+from test_compiler import MODELS
 
 from moelab import compiler, kernels, lds_map, plan, problems, targets
 from moelab.compiler import maps, pipeline
 from moelab.specs import Configuration, Source, TensorSpec
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-MODELS = {
-    "moe_gemm_a8w8": "Qwen3-235B-A22B",
-    "moe_gemm_a8w8_blockscale": "DeepSeek-R1",
-    "moe_gemm_a8w4": "GPT-OSS 120B",
-    "moe_gemm_a4w4": "DeepSeek-R1",
-    "ff_a16w16_fused": "Llama4 Maverick",
-    "fused_gemm_afp4wfp4_a16w16": "DeepSeek-R1",
-}
 # What each loop loads into LDS on gfx950, by its name in the source.
 LOADED = {
     "moe_gemm_a8w8": {"x", "w"},
