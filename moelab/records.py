@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # What earlier schemas did not say, for it was always so: of 1, and of 2.
 _SINCE: dict[int, dict[str, Any]] = {
@@ -40,6 +40,7 @@ _SINCE: dict[int, dict[str, Any]] = {
             *("temperature_c", "made_by"),
         )
     ),
+    5: dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
 }
 
 # Every column, in order, with its pandas type. Nullable types: a missing figure is
@@ -79,6 +80,8 @@ COLUMNS = {
     "gpu": "string",  # name of the device; here and below missing unless mode is measured
     "workload": "string",  # routing: which experts tokens visit, and the seed
     "run": "string",  # one call's, whose rows were interleaved
+    "peer": "string",  # whose kernel it is, if not ours: it has no tile
+    "includes": "string",  # what of gather and padding a peer's time includes
     "status": "string",  # one of STATUSES
     "reason": "string",  # why the status isn't ok
     "lds_bytes": "Int64",
@@ -97,6 +100,7 @@ COLUMNS = {
     "time_us": "Float64",  # median over rounds of each round's median
     "time_low_us": "Float64",  # 95% interval of that, from the rounds' spread
     "time_high_us": "Float64",
+    "both_layers_us": "Float64",  # this launch and the other layer's, one after the other
     "tflops": "Float64",  # useful FLOPs over time_us
     "roof_tflops": "Float64",  # the least of what compute and bandwidth allow, measured
     "samples_us": "string",  # JSON: a list of samples for each round
@@ -104,6 +108,7 @@ COLUMNS = {
     "loaded_lds_bytes": "Int64",  # as the loaded kernel reports
     "clock_mhz": "Float64",  # of the SMs, median over rounds
     "temperature_c": "Float64",  # of the device, the highest of the rounds
+    "throttled": "string",  # why the clocks were held down, comma-separated; none, ""
     "made_by": "string",  # JSON: driver, PyTorch, kernel source, date
     "moelab": "string",
     "schema": "Int64",

@@ -47,6 +47,8 @@ ROW = {
     "gpu": "NVIDIA H200",
     "workload": "uniform, 0",
     "run": "20261123T170000-abcdef",
+    "peer": "triton_kernels",
+    "includes": "gather",
     "status": "ok",
     "reason": None,
     "lds_bytes": 10304,
@@ -65,6 +67,7 @@ ROW = {
     "time_us": 12.5,
     "time_low_us": 12.25,
     "time_high_us": 12.75,
+    "both_layers_us": 20.5,
     "tflops": 700.5,
     "roof_tflops": 1400.5,
     "samples_us": "[[12.5], [12.25]]",
@@ -72,13 +75,15 @@ ROW = {
     "loaded_lds_bytes": 10304,
     "clock_mhz": 1980.0,
     "temperature_c": 40.0,
+    "throttled": "power",
     "made_by": '{"torch": "2.11.0"}',
     "moelab": "0.1.0",
-    "schema": 4,
+    "schema": 5,
 }
 
 # What rows of earlier schemas meant, which had no columns for it.
-UNSAID_IN_3 = dict.fromkeys(
+UNSAID_IN_4 = dict.fromkeys(("peer", "includes", "both_layers_us", "throttled"))
+UNSAID_IN_3 = UNSAID_IN_4 | dict.fromkeys(
     (
         *("gpu", "workload", "run", "time_us", "time_low_us", "time_high_us", "tflops"),
         *("roof_tflops", "samples_us", "largest_error", "loaded_lds_bytes", "clock_mhz"),
@@ -98,6 +103,7 @@ UNSAID = {
     },
     2: UNSAID_IN_2,
     3: UNSAID_IN_3,
+    4: UNSAID_IN_4,
 }
 OLD_ROW = {
     schema: {name: value for name, value in ROW.items() if name not in unsaid} | {"schema": schema}
@@ -214,7 +220,7 @@ def test_an_earlier_row_answers_the_same_question_now(tmp_path, schema):
     (row,) = records.journalled(tmp_path)
     assert records.key(row) == records.key(ROW | UNSAID[schema])
     write(tmp_path, ROW | UNSAID[schema], ROW)
-    assert [row["schema"] for row in plain(records.read(tmp_path))] == [4, 4]
+    assert [row["schema"] for row in plain(records.read(tmp_path))] == [5, 5]
 
 
 @every_schema
@@ -228,7 +234,7 @@ def test_rows_of_all_schemas_are_exported_together(tmp_path):
     write(tmp_path / "store", *OLD_ROW.values(), ROW)
     rows = records.read(tmp_path / "store")
     assert_frame_equal(records.read(records.export(rows, tmp_path / "rows.parquet")), rows)
-    assert list(rows["schema"]) == [1, 2, 3, 4]
+    assert list(rows["schema"]) == [1, 2, 3, 4, 5]
 
 
 # Writers.

@@ -443,5 +443,5 @@ def test_a_long_reason_is_cut_to_its_point(tmp_path):
 
 
 def test_a_row_that_says_little_costs_no_other_its_answer(tmp_path, asked):
-    (tmp_path / "rows-0.jsonl").write_text('{"schema": 4, "status": "ok"}\n')
+    (tmp_path / "rows-0.jsonl").write_text('{"schema": 5, "status": "ok"}\n')
     assert list(sweep.run(grid(stages=1), tmp_path, progress=False)["status"]) == ["ok"]

@@ -40,7 +40,7 @@ def row(num_stages, time_us, spread=0.01, **changed):
         "time_low_us": time_us and time_us * math.exp(-spread),
         "time_high_us": time_us and time_us * math.exp(spread),
         "tflops": time_us and 1000 / time_us,
-        "schema": 4,
+        "schema": 5,
         **changed,
     }
 
