@@ -64,14 +64,14 @@ def grid(
         layers: 1, 2 or ``all``; what computes a shared expert has only the first.
         tp: tensor parallelism; ``all`` means `problems.TENSOR_PARALLEL`.
         m: tokens before top-k; ``all`` means `problems.TOKENS`.
-        tiles: as `Tile.parse` reads them; None means the tile and warps that the published rules choose
-            for each problem.
+        tiles: as `Tile.parse` reads them; None means the tile and warps that the published
+            rules choose for each problem.
         warps: warps per workgroup, given together with ``tiles``.
         stages: ``num_stages``.
         async_copy: on, off, both, or default as the Triton that compiles has it; targets
             without the switch get one row.
-        x_format, y_format, scale_layout, fast_accum: as in `Problem`; a kernel that doesn't take one
-            gets rows that say so.
+        x_format, y_format, scale_layout, fast_accum: as in `Problem`; a kernel that doesn't
+            take one gets rows that say so.
     Raises:
         ParameterError: a value is not one of the right ones; the message lists them.
     """
