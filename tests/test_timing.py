@@ -223,7 +223,6 @@ def test_twice_the_work_takes_twice_the_time_and_the_device_is_read():
 
     gained = timed({"once": lambda: x @ x, "twice": twice}, rounds=6, repetitions=5)
     assert gained["twice"]["time_us"] / gained["once"]["time_us"] == pytest.approx(2, rel=0.1)
-    assert 2 * 8192**3 / gained["once"]["time_us"] / 1e6 > 50
 
 
 @pytest.mark.gpu
