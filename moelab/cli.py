@@ -359,13 +359,14 @@ def measure(
 
     Configurations of a problem take turns in random order; each sample follows a flush of
     the L2. Beside each time stands what compute and bandwidth allow, measured in the same run.
+    With --layer all, both layers are timed together too.
 
     \b
     Example:
       moelab measure --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" \\
         --tile 128x128x128,128x256x128 --warps 8 --stages 1,2,3,4 --export measured.parquet
     """
-    from . import bench, plan, records, tables
+    from . import bench, measurements, plan, records
 
     with _wrong_use():
         asked = plan.grid(
@@ -387,8 +388,9 @@ def measure(
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
-        _print(tables.measured(rows))
+        _print(measurements.table(rows))
         _remarks(rows)
+    click.echo("\n" + measurements.tally(rows), err=as_json)
 
 
 # What the command line calls in the singular.

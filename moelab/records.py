@@ -137,6 +137,8 @@ STATUSES = {
     "ok": "fits",
     "out_of_lds": "needs more LDS / shared memory than a workgroup may use",
     "wrong_result": "its output is not the reference's; it was not timed",
+    "out_of_memory": "the GPU's memory does not hold its tensors; not timed",
+    "launch_error": "was told to fit, but could not be launched; `reason` has the words",
     "lds_differs": "the GPU loaded other LDS than was told, a fault of moelab's; not timed",
     "out_of_tmem": "needs more tensor memory than an SM has",
     "compile_error": "the compiler rejects it; `reason` has its words",

@@ -75,27 +75,6 @@ def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
     return varying.join(rows[[*asked, *answer]]).dropna(axis="columns", how="all")
 
 
-def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """Tell what was measured: time with its interval, TFLOP/s, and the share of the roof.
-
-    Args:
-        rows: of `bench.measure`.
-    """
-    rows = labelled(rows)
-    problem = [name for name in ("model", "layer", "tp", "m") if rows[name].nunique() > 1]
-    half = (rows["time_high_us"] - rows["time_low_us"]) / 2 / rows["time_us"] * 100
-    told = rows[["kernel", *problem, "tile", "num_warps", "num_stages", "lds_bytes", "status"]]
-    return told.assign(
-        **{
-            "time (us)": rows["time_us"].round(1),
-            "+- (%)": half.round(2),
-            "TFLOP/s": rows["tflops"].round(1),
-            "of the roof": (rows["tflops"] / rows["roof_tflops"]).round(3),
-            "spills": rows["spilled_registers"],
-        }
-    )
-
-
 def shown(table: pd.DataFrame) -> HTML:
     """Show a table in a notebook: what holds throughout above it, the rest with commas."""
     from html import escape
