@@ -406,7 +406,7 @@ def tolerance(problem: Problem) -> float:
     tests/kernels/grouped_gemm.py derives both.
     """
     added = 2e-3
-    if getattr(problem, "fast_accum", False):
+    if problem.fast_accum:
         added = max(added, problem.k / 32 * 2**-14)
     return 2**-8 + added
 
