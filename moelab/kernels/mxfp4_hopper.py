@@ -36,7 +36,7 @@ from ..specs import Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm, hopper_weights
 from .epilogue import activate, mxfp8, saturate
 from .grouped_gemm import Options
-from .launch import TileRule
+from .launch import TileRule, check_tile
 from .routing import Routing, bounded_rows, every_tile
 
 if TYPE_CHECKING:
@@ -659,6 +659,7 @@ def launch(
 
     _check_device(w.device)
     hopper_weights.check(w, w_scale, k)
+    check_tile(tile, _rules(tile), _WAYS)
     num_warps = options.setdefault("num_warps", 8)
     num_stages = options.setdefault("num_stages", _DEFAULT_STAGES)
     _check_schedule(tile, num_warps, num_stages)
