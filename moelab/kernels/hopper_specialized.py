@@ -39,7 +39,7 @@ from ..specs import UNQUANTIZED, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import activate
 from .grouped_gemm import Options
-from .launch import TileRule, check_tile, one_of
+from .launch import TileRule, check_tile, expect, one_of
 from .routing import Routing, bounded_rows, near_programs
 
 if TYPE_CHECKING:
@@ -434,9 +434,6 @@ def _hopper_specialized_kernel(
         mbarrier.init(turn.index(part), count=1)
     fence_async_shared()
     tiles = (tile_count_ptr, tile_expert_ptr, tile_row_ptr, expert_end_ptr)
-    # Registers of a thread: an SM's 65,536 hold 2 x 128 x 216 + 128 x 72.
-    CONSUMER: gl.constexpr = 216 if BLOCKSCALE else 224
-    PRODUCER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
             (
@@ -520,7 +517,8 @@ def _hopper_specialized_kernel(
             ),
         ],
         [4, 4 if BY_ROWS else 1],
-        [CONSUMER, PRODUCER],
+        # Registers of a thread: 65,536 of an SM hold 128 x (224 + 224 + 56).
+        [224, 56],
     )
 
 
@@ -618,7 +616,10 @@ def launch(
     Raises:
         ValueError: arguments disagree, or the device is no Hopper.
     """
+    import torch
+
     _check(fast_accum, options.get("y_format", "bf16"))
+    expect("w", w, (None, None, None), (torch.float8_e4m3fn,), of=w)
     rules = _rules(tile, x.shape[1], _no_hopper(w.device))
     check_tile(tile, rules, _WAYS)
     num_warps = options.setdefault("num_warps", _NUM_WARPS)
