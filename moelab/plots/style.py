@@ -14,6 +14,8 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, RED, GREY = "#56B4E9", "#D55E00", "#666666"
 # Of things without an order, such as tiles and models.
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+# Of stage counts, from 1: the palette without the red of limits.
+_STAGES = (ORANGE, BLUE, GREEN, PURPLE, SKY, "#F0E442", "black", GREY)
 ROW_INCHES = 0.36
 
 
@@ -53,3 +55,8 @@ def empty(why: str) -> Figure:
     axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
     axis.set_axis_off()
     return figure
+
+
+def stage_colour(num_stages: int) -> str:
+    """Give a stage count the same colour in every picture."""
+    return _STAGES[min(num_stages, len(_STAGES)) - 1]
