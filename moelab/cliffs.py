@@ -58,7 +58,7 @@ def row_tiles(m: int, experts: int, top_k: int, block_m: int) -> tuple[float, ..
     length = experts * (len(of_expert) - 1) + 1
     size = fft.next_fast_len(length, real=True)
     of_all = fft.irfft(fft.rfft(of_expert, size) ** experts, size)[:length]
-    return tuple(of_all.clip(0))
+    return tuple(of_all.clip(0).tolist())
 
 
 def paid(rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,9 +126,9 @@ def cells(rows: pd.DataFrame, tflops: str, curve: list[str]) -> pd.DataFrame:
 
 
 def _asked(rows: pd.DataFrame) -> pd.Series:
-    counts = rows["num_stages"].astype("string")
-    warps = rows["num_warps"].astype("string")
-    return rows["tile"] + ", " + warps + " warps, " + counts + " stages"
+    warps, counts = (rows[name].astype("string") for name in ("num_warps", "num_stages"))
+    stages = (" stage" + (rows["num_stages"] > 1).map({True: "s", False: ""})).astype("string")
+    return rows["tile"] + ", " + warps + " warps, " + counts + stages
 
 
 def steps(of_cells: pd.DataFrame, curve: list[str]) -> pd.DataFrame:
@@ -140,7 +140,7 @@ def steps(of_cells: pd.DataFrame, curve: list[str]) -> pd.DataFrame:
     Returns:
         the cells with what they were before, with ``(was)`` behind the name; `CHANGE` of
         throughput; what `TILES` and `WAVES` make of it; what is `LEFT`; ``spread`` of that
-        over the steps of the curve that keep the configuration, in percent; `LOOK`: the
+        over the other steps of the curve that keep the configuration, in percent; `LOOK`: the
         throughput falls, and by more than the model and the curve's spread explain; `ALSO`:
         the TP at which the figure falls by more than the model explains, at the same m.
     """
@@ -157,19 +157,26 @@ def steps(of_cells: pd.DataFrame, curve: list[str]) -> pd.DataFrame:
         # 1 where the change lies between what the two make of it.
         left = change / change.clip(bounds.min(axis=1), bounds.max(axis=1))
         alike = table["configuration"] == table["configuration (was)"]
-        # Of a normal law the median of what lies off is 1 / 1.4826 of its deviation.
-        spread = 1.4826 * (left[alike] - 1).abs().median() if alike.any() else 0.0
+        spread = _spread((left - 1).abs().where(alike))
         falls = (change < 1) & (left < 1)
         ratios = {CHANGE: change, TILES: tiles, WAVES: waves, LEFT: left}
         table = table.assign(
             **{name: 100 * (ratio - 1) for name, ratio in ratios.items()},
             spread=100 * spread,
             falls=falls,
-            **{LOOK: falls & (1 - left > max(MARGIN, SPREADS * spread))},
+            **{LOOK: falls & (1 - left > (SPREADS * spread).clip(lower=MARGIN))},
         )
         found.append(table)
     table = pd.concat(found, ignore_index=True)
     return table.assign(**{ALSO: _neighbours(table, curve)}).drop(columns="falls")
+
+
+def _spread(off: pd.Series) -> pd.Series:
+    """Give each step the standard deviation of the others, not led by a few far off.
+
+    Of a normal law the median distance is 1 / 1.4826 of its standard deviation.
+    """
+    return off.index.to_series().map(lambda at: 1.4826 * off.drop(at).median()).fillna(0.0)
 
 
 def _neighbours(table: pd.DataFrame, curve: list[str]) -> list[str]:
@@ -263,21 +270,18 @@ def conclusion(table: pd.DataFrame, sooner: pd.DataFrame, curve: list[str]) -> s
         f"{(falls[LEFT] >= 0).sum()} of these falls lie within what tiles and waves make of "
         f"them; {len(look)} are flagged."
     ]
-    for row in look.to_dict("records"):
-        explained = min(row[TILES], row[WAVES], 0.0)
-        told = "the configuration is the same"
-        if row["configuration"] != row["configuration (was)"]:
-            told = (
-                f"the configuration goes from {row['configuration (was)']} to "
-                f"{row['configuration']}, spilled registers of the compiled code from "
-                f"{row['spilled_registers (was)']:.0f} to {row['spilled_registers']:.0f}"
-            )
-        also = f"TP {row[ALSO]} fall there too" if row[ALSO] else "no neighbour falls there"
+    for (kernel, model, m), flagged in look.groupby(["kernel", "model", "m"], sort=False):
+        here = compared[(compared[["kernel", "model", "m"]] == [kernel, model, m]).all(axis=1)]
+        beyond = (here[CHANGE] < 0) & (here[LEFT] < 0)
+        inner = [name for name in curve if name not in ("kernel", "model")]
+        flagged = flagged.sort_values(inner)
+        explained = flagged[[TILES, WAVES]].min(axis=1).min()
+        by_model = f"explains at most {explained:.1f}%" if explained < 0 else "expects no fall"
         sentences.append(
-            f"**{_where(row, curve)}, M {row['m (was)']:.0f} to {row['m']}**: "
-            f"{row['tflops (was)']:.4g} to {row['tflops']:.4g} TFLOP/s, {row[CHANGE]:.1f}%; "
-            f"the model explains at most {explained:.1f}% and leaves {row[LEFT]:.1f}%; {told}; "
-            f"{also}."
+            f"**{kernel}, {model}, M {flagged['m (was)'].iloc[0]:.0f} to {m}**: "
+            f"{_each(flagged, CHANGE, inner)}; the model {by_model} and leaves "
+            f"{_each(flagged, LEFT, inner)}; {_what_changed(flagged)}. Of {len(here)} curves "
+            f"{beyond.sum()} fall here by more than the model explains."
         )
     if len(sooner):
         most = sooner.loc[sooner[SAVED].idxmax()]
@@ -287,6 +291,23 @@ def conclusion(table: pd.DataFrame, sooner: pd.DataFrame, curve: list[str]) -> s
             f"{most[SAVED]:.0f}%."
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _each(flagged: pd.DataFrame, column: str, inner: list[str]) -> str:
+    """List a column in percent, with the curve in brackets."""
+    return ", ".join(
+        f"{row[column]:.1f}% ({_where(row, inner)})" for row in flagged.to_dict("records")
+    )
+
+
+def _what_changed(flagged: pd.DataFrame) -> str:
+    before, after = flagged["configuration (was)"], flagged["configuration"]
+    if (before == after).all():
+        return "the configuration is the same"
+    spilled = (flagged[name] for name in ("spilled_registers (was)", "spilled_registers"))
+    was, now = (", ".join(f"{count:.0f}" for count in counts) for counts in spilled)
+    moves = dict.fromkeys(f"{a} becomes {b}" for a, b in zip(before, after, strict=True))
+    return f"{' and '.join(moves)}, and spilled registers {was} become {now}"
 
 
 def _where(row: Any, curve: list[str]) -> str:

@@ -127,12 +127,12 @@ def conclusion(rows: pd.DataFrame, deeper: pd.DataFrame) -> str:
         rows, deeper: as in `configurations`.
     """
     fits = deeper.groupby(CELL)["status"].agg(lambda status: (status == "ok").all())
-    layers = rows.groupby(CELL)["tile"].nunique()
+    alike = rows.groupby(CELL)["tile"].nunique() == 1
     by_lds = rows.groupby(CELL)["lds_bytes"].max().value_counts().sort_index()
     taken = ", ".join(f"{count} take {lds:,} bytes" for lds, count in by_lds.items())
     sentences = [
-        f"Of the {len(layers)} published cells {taken} of {rows['lds_limit'].max():,} at the "
-        f"most of their two launches; in {(layers > 1).sum()} the layers have different tiles.",
+        f"Of the {len(alike)} published cells {taken} of {rows['lds_limit'].max():,}, by the "
+        f"larger of their two launches; in {alike.sum()} both layers have the same tile.",
         f"With {deeper['num_stages'].max()} stages {fits.sum()} of them would fit in both "
         "layers, as this project's kernels compile.",
     ]

@@ -116,7 +116,7 @@ def stages(rows: pd.DataFrame) -> pd.DataFrame:
         lost = [100 * (1 - 1 / by) for by in (faster, low, high)] if best != 1 else [0.0] * 3
         at_counts = by_count["tflops"].reindex(counts)
         found.append((*names, *at_counts, best, *lost))
-    columns = [f"{count} stage{'s' if count > 1 else ''}" for count in counts]
+    columns = [_count_of_stages(count) for count in counts]
     return pd.DataFrame(found, columns=[*TILING, *columns, "best", LOSS, LOSS_LOW, LOSS_HIGH])
 
 
@@ -129,19 +129,30 @@ def _faster(before: Any, after: Any) -> tuple[float, float, float]:
     return math.exp(middle), math.exp(middle - margin), math.exp(middle + margin)
 
 
-def losses(compared: pd.DataFrame, *by: str) -> pd.DataFrame:
-    """Sum up what one stage everywhere loses.
+def losses(compared: pd.DataFrame) -> pd.DataFrame:
+    """Sum up what one stage everywhere loses, per kernel, model, layer and TP.
 
     Args:
         compared: of `stages`.
-        by: what stays apart; kernel, model, layer and TP if nothing is given.
     Returns:
-        the median, least and most over all else, in percent of throughput.
+        the median, least and most over the token counts, in percent of throughput.
     """
-    names = list(by) or CURVE
-    grouped = compared.groupby(names, sort=False)[LOSS]
+    grouped = compared.groupby(CURVE, sort=False)[LOSS]
     table = grouped.agg(median="median", least="min", most="max", problems="size")
     return table.rename(columns={n: f"{n} (%)" for n in ("median", "least", "most")}).reset_index()
+
+
+def losses_along_m(compared: pd.DataFrame) -> pd.DataFrame:
+    """Set what one stage loses at each token count beside each other, per kernel and model.
+
+    Args:
+        compared: of `stages`.
+    Returns:
+        one row per token count: the median over layers and TP, in percent of throughput.
+    """
+    names = compared["kernel"] + ", " + compared["model"] + " (%)"
+    table = compared.assign(names=names).groupby(["m", "names"], sort=False)[LOSS].median()
+    return table.unstack().sort_index().rename_axis(columns=None).reset_index()
 
 
 def further(rows: pd.DataFrame) -> pd.DataFrame:
@@ -271,11 +282,19 @@ def fronts(marked: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         marked: of `front`.
+    Returns:
+        one row per kernel and model, a column per stage count: on the front in so many of
+        the problems where it was timed, ``64 of 64``.
     """
     by = ["kernel", "model", "num_stages"]
-    counted = marked.groupby(by, sort=False)[FRONT].agg(["sum", "size"]).reset_index()
-    table = counted.sort_values(by, ignore_index=True)
-    return table.rename(columns={"sum": "problems where on the front", "size": "timed in"})
+    counted = marked.groupby(by, sort=False)[FRONT].agg(["sum", "size"]).astype("string")
+    table = (counted["sum"] + " of " + counted["size"]).unstack().sort_index(axis=1)
+    table.columns = [_count_of_stages(count) for count in table.columns]
+    return table.reset_index()
+
+
+def _count_of_stages(count: int) -> str:
+    return f"{count} stage{'s' if count > 1 else ''}"
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:

@@ -128,8 +128,13 @@ def cliffs_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
         row_of_axes[0].set_ylabel("TFLOP/s")
     for axis in axes[-1]:
         axis.set_xlabel("tokens")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=4, loc="outside upper left", fontsize=8)
+    # Not every panel has all there is to explain.
+    keys = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(keys.values(), keys.keys(), ncols=4, loc="outside upper left", fontsize=8)
     return figure
 
 
