@@ -2,20 +2,18 @@
 
 The model counts the work that a launch pays for beyond what is useful:
 
-- **tiles**: an expert's rows fill row tiles of block_m, and the last is paid whole. Under
+- **tiles** are paid whole. An expert's rows fill row tiles of block_m but for the last; under
   uniform routing an expert has binomial(m, top_k / experts) rows, which gives the expected
-  number of row tiles exactly.
-- **waves**: programs spread over the compute units, and the busiest unit sets the time:
-  it runs ceil(programs / units) of them, in expectation over the number of row tiles.
-
-    time ~ waves * units * block_m * block_n * k, over the launches of a cell
+  number of row tiles exactly. n and k are rounded up to whole blocks.
+- **waves** are paid whole. Programs spread over the compute units, and the busiest one sets
+  the time: it runs ceil(programs / units) of them, in expectation over the row tiles.
 
 Between two token counts of a curve, tiles alone and tiles with waves each give a change of
 throughput. What lies between the two is explained; what lies outside is left. Neither knows
 of memory, which bounds small M and lets throughput rise by more; nor of what another tile
 does to the code. It is therefore falls that are looked at. Where a cell is a single figure,
-a flag says "look here" and has no confidence; that a neighbouring curve falls at the same M
-is what there is for evidence.
+a flag says "look here" and has no confidence; that neighbouring curves fall at the same M is
+what there is for evidence.
 
 Frames in, frames out; no compiler, no GPU.
 """
@@ -23,6 +21,7 @@ Frames in, frames out; no compiler, no GPU.
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 from . import targets
@@ -68,8 +67,7 @@ def paid(rows: pd.DataFrame) -> pd.DataFrame:
         rows: of MoE GEMMs, as `records` has them.
     Returns:
         the rows with ``useful_flops``; ``row_tiles`` and ``waves``, both expected;
-        ``tiled_flops`` of all row tiles whole, ``paid_flops`` of all waves whole. Columns
-        past n are not counted: they are the same at every m.
+        ``tiled_flops`` of all tiles whole, ``paid_flops`` of all waves whole.
     Raises:
         ValueError: of a row's target the number of compute units is unknown.
     """
@@ -84,17 +82,27 @@ def _paid(row: dict[str, Any]) -> tuple[float, ...]:
     target = targets.get(row["target"])
     if target.compute_units is None:
         raise ValueError(f"{target.name}: no number of compute units is known, so no waves")
-    m, experts, top_k, block_m, n, k = (
-        int(row[name]) for name in ("m", "experts", "top_k", "block_m", "n", "k")
+    m, experts, top_k, n, k, block_m, block_n, block_k, split_k = (
+        int(row[name])
+        for name in (
+            *("m", "experts", "top_k", "n", "k"),
+            *("block_m", "block_n", "block_k", "split_k"),
+        )
     )
     chances: np.ndarray = np.array(row_tiles(m, experts, top_k, block_m))
     counts = np.arange(len(chances))
-    across = -(-n // int(row["block_n"])) * int(row["split_k"])
+    # Programs of a row tile, and what each does.
+    across = -(-n // block_n) * split_k
+    of_program = 2.0 * block_m * block_n * block_k * math.ceil(k / split_k / block_k)
     tiles = float(chances @ counts)
     waves = float(chances @ np.ceil(counts * across / target.compute_units))
-    of_tile = 2.0 * block_m * n * k
-    whole = waves * target.compute_units / across
-    return 2.0 * m * top_k * n * k, tiles, waves, tiles * of_tile, whole * of_tile
+    return (
+        2.0 * m * top_k * n * k,
+        tiles,
+        waves,
+        tiles * across * of_program,
+        waves * target.compute_units * of_program,
+    )
 
 
 def cells(rows: pd.DataFrame, tflops: str, curve: list[str]) -> pd.DataFrame:
@@ -267,7 +275,7 @@ def conclusion(table: pd.DataFrame, sooner: pd.DataFrame, curve: list[str]) -> s
     look = falls[falls[LOOK]].sort_values(LEFT)
     sentences = [
         f"In {len(falls)} of {len(compared)} steps along M throughput falls. "
-        f"{(falls[LEFT] >= 0).sum()} of these falls lie within what tiles and waves make of "
+        f"{(falls[LEFT] >= 0).sum()} of these falls are no deeper than tiles and waves make "
         f"them; {len(look)} are flagged."
     ]
     for (kernel, model, m), flagged in look.groupby(["kernel", "model", "m"], sort=False):
@@ -304,10 +312,14 @@ def _what_changed(flagged: pd.DataFrame) -> str:
     before, after = flagged["configuration (was)"], flagged["configuration"]
     if (before == after).all():
         return "the configuration is the same"
-    spilled = (flagged[name] for name in ("spilled_registers (was)", "spilled_registers"))
-    was, now = (", ".join(f"{count:.0f}" for count in counts) for counts in spilled)
-    moves = dict.fromkeys(f"{a} becomes {b}" for a, b in zip(before, after, strict=True))
-    return f"{' and '.join(moves)}, and spilled registers {was} become {now}"
+    told = " and ".join(
+        dict.fromkeys(f"{a} becomes {b}" for a, b in zip(before, after, strict=True))
+    )
+    spilled = flagged[["spilled_registers (was)", "spilled_registers"]]
+    if spilled.notna().all(axis=None):
+        was, now = (", ".join(f"{of:.0f}" for of in spilled[name]) for name in spilled)
+        told += f", and spilled registers {was} become {now}"
+    return told
 
 
 def _where(row: Any, curve: list[str]) -> str:

@@ -148,11 +148,13 @@ def losses_along_m(compared: pd.DataFrame) -> pd.DataFrame:
     Args:
         compared: of `stages`.
     Returns:
-        one row per token count: the median over layers and TP, in percent of throughput.
+        one row per kernel and model, a column per token count: the median over layers and
+        TP, in percent of throughput.
     """
-    names = compared["kernel"] + ", " + compared["model"] + " (%)"
-    table = compared.assign(names=names).groupby(["m", "names"], sort=False)[LOSS].median()
-    return table.unstack().sort_index().rename_axis(columns=None).reset_index()
+    table = compared.groupby(["kernel", "model", "m"], sort=False)[LOSS].median().unstack()
+    table = table.sort_index(axis=1)
+    table.columns = [f"M {m}" for m in table.columns]
+    return table.reset_index()
 
 
 def further(rows: pd.DataFrame) -> pd.DataFrame:

@@ -106,9 +106,23 @@ def test_a_row_more_is_paid_with_a_tile_and_a_program_more_with_a_wave():
     assert row["tiled_flops"] / row["useful_flops"] == pytest.approx(6 * 128 / (257 * 2))
     (row,) = cliffs.paid(frame([wider])).to_dict("records")
     # 4 row tiles times 257 columns of tiles are 1,028 programs: a fifth wave of 4.
-    assert row["waves"] == 5
+    assert row["waves"] == pytest.approx(5)
     assert row["tiled_flops"] == pytest.approx(row["useful_flops"])
     assert row["paid_flops"] / row["useful_flops"] == pytest.approx(5 * UNITS / 1028)
+
+
+def test_columns_and_steps_past_the_end_are_paid():
+    full = launch(256, 1.0, experts=2)
+    rows = [full, {**full, "n": full["n"] - 1}, {**full, "k": 1023}, {**full, "k": 896}]
+    paid = cliffs.paid(frame(rows))["tiled_flops"]
+    assert list(paid / paid[0]) == pytest.approx([1, 1, 1, 896 / 1024])
+
+
+def test_programs_that_share_a_reduction_each_do_a_part_of_it():
+    full = launch(256, 1.0, experts=2)
+    whole, shared = cliffs.paid(frame([full, {**full, "split_k": 2}])).to_dict("records")
+    assert shared["waves"] == 2 * whole["waves"]
+    assert shared["paid_flops"] == pytest.approx(whole["paid_flops"])
 
 
 def test_a_cell_is_of_all_its_launches():

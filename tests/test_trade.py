@@ -93,7 +93,8 @@ def test_losses_are_summed_up_over_token_counts(tmp_path):
 def test_losses_along_m_are_medians_over_layers_and_tp(tmp_path):
     rows = [row(1, 20.0), row(2, 10.0), row(1, 20.0, tp=4), row(2, 16.0, tp=4)]
     (found,) = trade.losses_along_m(trade.stages(measured(tmp_path, *rows))).to_dict("records")
-    assert found == {"m": 512, "moe_gemm_a8w8, Qwen3-235B-A22B (%)": pytest.approx(35)}
+    assert found["model"] == "Qwen3-235B-A22B"
+    assert found["M 512"] == pytest.approx(35)
 
 
 def test_runs_are_not_mixed(tmp_path):
