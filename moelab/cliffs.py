@@ -8,6 +8,8 @@ The model counts the work that a launch pays for beyond what is useful:
 - **waves** are paid whole. Programs spread over the compute units, and the busiest one sets
   the time: it runs ceil(programs / units) of them, in expectation over the row tiles.
 
+`Tile.tails`, which halve an expert's last tile, are not in the model: it counts whole.
+
 Between two token counts of a curve, tiles alone and tiles with waves each give a change of
 throughput. What lies between the two is explained; what lies outside is left. Neither knows
 of memory, which bounds small M and lets throughput rise by more; nor of what another tile

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import records, tables
+from . import measurements, records, tables
 from .parameters import ParameterError, as_list
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 # Measured by benchmarks/stage_sweep.py; what made each row is in its column `made_by`.
 SHIPPED = Path(__file__).parent / "data" / "h200_stage_sweep.parquet"
 
-_PROBLEM = ["gpu", "triton", "run", "kernel", "model", "layer", "tp", "m"]
 # Along which only M varies.
 CURVE = ["kernel", "model", "layer", "tp"]
+_ALIKE = ["gpu", "triton", "run", "workload", "x_format", "y_format", "fast_accum"]
+_PROBLEM = [*_ALIKE, *CURVE, "m"]
 TILING = [*_PROBLEM, "tile", "num_warps"]
 
 # A notebook's parameters that say which rows.
@@ -251,7 +252,7 @@ def front(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def configurations(marked: pd.DataFrame) -> pd.DataFrame:
-    """List what was timed, the front first in each problem.
+    """List what was timed, the front first in each problem, and which times are noisy.
 
     Args:
         marked: of `front`.
@@ -275,6 +276,7 @@ def configurations(marked: pd.DataFrame) -> pd.DataFrame:
             "stopped by": ordered["occupancy_limit"],
             "spilled registers": ordered["spilled_registers"],
             FRONT: ordered[FRONT].map({True: "yes", False: ""}),
+            "noisy": measurements.noisy(ordered).map({True: "noisy", False: ""}),
         }
     )
 
@@ -300,9 +302,9 @@ def _count_of_stages(count: int) -> str:
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep the fastest configuration of each problem."""
+    """Keep the fastest configuration of each kernel, model, layer, TP and token count."""
     timed = rows.dropna(subset=["time_us"])
-    return timed.loc[timed.groupby(_PROBLEM, sort=False, dropna=False)["time_us"].idxmin()]
+    return timed.loc[timed.groupby([*CURVE, "m"], sort=False)["time_us"].idxmin()]
 
 
 def conclusion(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
@@ -320,6 +322,11 @@ def conclusion(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
         f"launched and {equal} loaded the LDS that was told; {refused} were told not to fit and "
         "not launched."
     )
+    if noisy := measurements.noisy(rows).sum():
+        sentences.append(
+            f"{noisy} of these times are noisy: a second measurement may miss them by "
+            f"{100 * measurements.AGREEMENT:.0f}% or more."
+        )
     steps, marked = further(rows), front(rows)
     for (kernel, model), of_model in compared.groupby(["kernel", "model"], sort=False):
         loss = of_model[LOSS]

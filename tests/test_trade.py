@@ -235,6 +235,19 @@ def test_the_pictures_show_what_there_is_and_say_where_there_is_nothing(tmp_path
     assert [text.get_text() for text in axis.texts] == ["nothing was timed"]
 
 
+def test_a_noisy_time_is_marked_in_picture_table_and_conclusion(tmp_path):
+    rows = measured(tmp_path, row(1, 20.0), row(2, 12.0, spread=0.05))
+    listed = trade.configurations(trade.front(rows))
+    assert dict(zip(listed["num_stages"], listed["noisy"], strict=True)) == {1: "", 2: "noisy"}
+    (axis,) = plots.lds_against_throughput(rows).axes
+    by_lds = {line.get_xdata()[0]: line for line in axis.lines if line.get_ms() == 12}
+    assert [by_lds[count].get_marker() for count in (1, 2)] == ["o", "s"]
+    told = trade.conclusion(rows, trade.stages(rows))
+    assert "1 of these times are noisy" in told
+    quiet = measured(tmp_path, row(1, 20.0), row(2, 12.0))
+    assert "noisy" not in trade.conclusion(quiet, trade.stages(quiet))
+
+
 def test_a_stage_count_has_one_colour_in_every_picture(tmp_path):
     rows = measured(tmp_path, *(row(count, 20.0 / count) for count in (1, 2, 3)))
     (axis,) = plots.lds_against_throughput(rows).axes

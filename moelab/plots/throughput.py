@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .. import trade
+from .. import measurements, trade
 from .style import KIB, PALETTE, RED, empty, stage_colour, subplots
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def lds_against_throughput(rows: pd.DataFrame) -> Figure:
     """Draw LDS against useful TFLOP/s, a panel per kernel, model and layer.
 
     The number in a marker is its stage count; stage counts of a tile are joined. Ringed is
-    what nothing beats on both. At the foot stands what doesn't fit.
+    what nothing beats on both, square what is noisy. At the foot stands what doesn't fit.
 
     Args:
         rows: of `trade.measured`, of one token count (`trade.at`).
@@ -43,7 +43,7 @@ def lds_against_throughput(rows: pd.DataFrame) -> Figure:
         by = [name for name in ("tp", "tile") if panel[name].nunique() > 1]
         shared = [f"layer {layer}", *(panel["tile"].iloc[:1] if "tile" not in by else [])]
         axis.set_title(f"{kernel}\n{model}, {', '.join(shared)}", fontsize=9)
-        marked = trade.front(panel)
+        marked = trade.front(panel).assign(noisy=measurements.noisy(panel))
         for number, (names, of_tile) in enumerate(panel.groupby(by or "tile", sort=False)):
             words = dict(zip(by, names, strict=False))
             name = ", ".join(f"TP {of}" if what == "tp" else of for what, of in words.items())
@@ -61,10 +61,11 @@ def lds_against_throughput(rows: pd.DataFrame) -> Figure:
     for axis in axes[-2:]:
         axis.set_xlabel("LDS of one workgroup (KiB)")
     axes[0].plot([], [], "o", mfc="white", mec="black", mew=1.8, label="nothing beats it on both")
+    axes[0].plot([], [], "s", color="#aaaaaa", label="noisy")
     axes[0].plot([], [], "x", color="black", label="doesn't fit")
     axes[0].plot([], [], color=RED, lw=1.5, label="limit")
     axes[0].plot([], [], color="black", lw=1, ls="--", label="roof")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=5, loc="outside upper left")
     return figure
 
 
@@ -75,11 +76,11 @@ def _draw_tile(
     kib = timed["lds_bytes"].astype(float) / KIB
     axis.plot(kib, timed["tflops"].astype(float), color="#aaaaaa", lw=1, zorder=1)
     for row in timed.itertuples():
-        ringed = marked.loc[row.Index, trade.FRONT]
+        ringed, noisy = marked.loc[row.Index, [trade.FRONT, "noisy"]]
         axis.plot(
             row.lds_bytes / KIB,
             row.tflops,
-            "o",
+            "s" if noisy else "o",
             ms=12,
             color=stage_colour(row.num_stages),
             mec="black" if ringed else "none",
