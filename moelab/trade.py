@@ -275,8 +275,8 @@ def configurations(marked: pd.DataFrame) -> pd.DataFrame:
             "workgroups per CU": ordered["workgroups_per_cu"],
             "stopped by": ordered["occupancy_limit"],
             "spilled registers": ordered["spilled_registers"],
-            FRONT: ordered[FRONT].map({True: "yes", False: ""}),
-            "noisy": measurements.noisy(ordered).map({True: "noisy", False: ""}),
+            FRONT: ordered[FRONT].map({True: "yes", False: None}),
+            "noisy": measurements.noisy(ordered).map({True: "noisy", False: None}),
         }
     )
 
