@@ -325,5 +325,11 @@ def _what_changed(flagged: pd.DataFrame) -> str:
 
 
 def _where(row: Any, curve: list[str]) -> str:
-    words = {"tp": "TP ", "layer": "layer "}
-    return ", ".join(f"{words.get(name, '')}{row[name]}" for name in curve)
+    return ", ".join(in_words(name, row[name]) for name in curve)
+
+
+def in_words(name: str, value: Any) -> str:
+    """Say what one column of a curve says: ``TP 4``."""
+    if name == "fast_accum":
+        return "fast sums" if value else "full sums"
+    return {"tp": "TP {}", "layer": "layer {}"}.get(name, "{}").format(value)

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "data" / "h200_stage_sweep.parquet"
 
 # Along which only M varies.
-CURVE = ["kernel", "model", "layer", "tp"]
-_ALIKE = ["gpu", "triton", "run", "workload", "x_format", "y_format", "fast_accum"]
+CURVE = ["kernel", "model", "fast_accum", "layer", "tp"]
+# What is summed up apart.
+KIND = CURVE[:3]
+_ALIKE = ["gpu", "triton", "run", "workload", "x_format", "y_format"]
 _PROBLEM = [*_ALIKE, *CURVE, "m"]
 TILING = [*_PROBLEM, "tile", "num_warps"]
 
@@ -62,9 +64,11 @@ def chosen(
         ParameterError: no row has such a value, or none has all of them; the message lists
             what there is.
     """
-    given = {"kernels": kernels, "models": models, "layers": layers, "tp": tp}
+    columns = {"kernels": "kernel", "models": "model", "layers": "layer", "tp": "tp"}
     kept = rows
-    for (argument, value), column in zip(given.items(), CURVE, strict=True):
+    for (argument, column), value in zip(
+        columns.items(), (kernels, models, layers, tp), strict=True
+    ):
         if value in ("all", "", None):
             continue
         known = sorted(rows[column].unique())
@@ -76,7 +80,7 @@ def chosen(
             )
         kept = kept[kept[column].isin(values)]
     if kept.empty:
-        there = rows[CURVE].drop_duplicates().to_string(index=False)
+        there = rows[[*columns.values()]].drop_duplicates().to_string(index=False)
         raise ParameterError(f"no row has all that was asked for; there are\n{there}")
     return kept
 
@@ -131,7 +135,7 @@ def _faster(before: Any, after: Any) -> tuple[float, float, float]:
 
 
 def losses(compared: pd.DataFrame) -> pd.DataFrame:
-    """Sum up what one stage everywhere loses, per kernel, model, layer and TP.
+    """Sum up what one stage everywhere loses, along each `CURVE`.
 
     Args:
         compared: of `stages`.
@@ -144,15 +148,15 @@ def losses(compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def losses_along_m(compared: pd.DataFrame) -> pd.DataFrame:
-    """Set what one stage loses at each token count beside each other, per kernel and model.
+    """Set what one stage loses at each token count beside each other, for each `KIND`.
 
     Args:
         compared: of `stages`.
     Returns:
-        one row per kernel and model, a column per token count: the median over layers and
-        TP, in percent of throughput.
+        one row per kind, a column per token count: the median over layers and TP, in
+        percent of throughput.
     """
-    table = compared.groupby(["kernel", "model", "m"], sort=False)[LOSS].median().unstack()
+    table = compared.groupby([*KIND, "m"], sort=False)[LOSS].median().unstack()
     table = table.sort_index(axis=1)
     table.columns = [f"M {m}" for m in table.columns]
     return table.reset_index()
@@ -203,7 +207,7 @@ def further(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def gains(steps: pd.DataFrame) -> pd.DataFrame:
-    """Sum up what each further stage costs and brings, per kernel, model and tile.
+    """Sum up what each further stage costs and brings, per `KIND` and tile.
 
     Args:
         steps: of `further`.
@@ -212,7 +216,7 @@ def gains(steps: pd.DataFrame) -> pd.DataFrame:
         median, least and most gain in percent, and in how many problems the 95% interval
         lies above 0 and below; and in how many the stage doesn't fit.
     """
-    by = ["kernel", "model", "tile", "num_warps", STEP]
+    by = [*KIND, "tile", "num_warps", STEP]
     marked = steps.assign(
         faster=steps[GAIN_LOW] > 0, slower=steps[GAIN_HIGH] < 0, refused=steps[GAIN].isna()
     )
@@ -260,9 +264,10 @@ def configurations(marked: pd.DataFrame) -> pd.DataFrame:
         LDS, throughput with half of its 95% interval, shares of limit and roof, occupancy,
         spilled registers per thread.
     """
-    names = ["kernel", "model", "layer", "tp", "m", "tile", "num_warps", "num_stages"]
+    names = [*CURVE, "m", "tile", "num_warps", "num_stages"]
+    problem = [*CURVE, "m"]
     ordered = marked.sort_values(
-        [*names[:5], FRONT, "lds_bytes"], ascending=[*[True] * 5, False, True]
+        [*problem, FRONT, "lds_bytes"], ascending=[*[True] * len(problem), False, True]
     )
     half = (ordered["time_high_us"] - ordered["time_low_us"]) / 2 / ordered["time_us"]
     return ordered[names].assign(
@@ -282,15 +287,15 @@ def configurations(marked: pd.DataFrame) -> pd.DataFrame:
 
 
 def fronts(marked: pd.DataFrame) -> pd.DataFrame:
-    """Count in how many problems each stage count is on the front.
+    """Count how often each stage count is on the front.
 
     Args:
         marked: of `front`.
     Returns:
-        one row per kernel and model, a column per stage count: on the front in so many of
-        the problems where it was timed, ``64 of 64``.
+        one row per kind, a column per stage count: so many configurations of those that
+        were timed are on the front, ``64 of 64``.
     """
-    by = ["kernel", "model", "num_stages"]
+    by = [*KIND, "num_stages"]
     counted = marked.groupby(by, sort=False)[FRONT].agg(["sum", "size"]).astype("string")
     table = (counted["sum"] + " of " + counted["size"]).unstack().sort_index(axis=1)
     table.columns = [_count_of_stages(count) for count in table.columns]
@@ -302,9 +307,14 @@ def _count_of_stages(count: int) -> str:
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep the fastest configuration of each kernel, model, layer, TP and token count."""
+    """Keep the fastest configuration of each token count of each `CURVE`."""
     timed = rows.dropna(subset=["time_us"])
     return timed.loc[timed.groupby([*CURVE, "m"], sort=False)["time_us"].idxmin()]
+
+
+def named(kernel: str, model: str, fast_accum: bool = False) -> str:
+    """Name a `KIND` in words."""
+    return f"{kernel}, {model}{', fast sums' if fast_accum else ''}"
 
 
 def conclusion(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
@@ -328,22 +338,22 @@ def conclusion(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
             f"{100 * measurements.AGREEMENT:.0f}% or more."
         )
     steps, marked = further(rows), front(rows)
-    for (kernel, model), of_model in compared.groupby(["kernel", "model"], sort=False):
-        loss = of_model[LOSS]
-        best = ", ".join(map(str, sorted(of_model["best"].unique())))
-        of_it = (steps["kernel"] == kernel) & (steps["model"] == model)
-        second = steps[of_it & (steps[STEP] == "1 -> 2")].dropna(subset=[GAIN])
+    for kind, of_kind in compared.groupby(KIND, sort=False):
+        loss = of_kind[LOSS]
+        best = ", ".join(map(str, sorted(of_kind["best"].unique())))
+        second = steps[(steps[KIND] == list(kind)).all(axis=1) & (steps[STEP] == "1 -> 2")]
+        second = second.dropna(subset=[GAIN])
         told = f"best are {best} stages"
         if len(second):
             told += (
                 f"; the second stage adds up to {second[ADDED].max():,} bytes and brings "
                 f"{second[GAIN].median():+.1f}%"
             )
-        of_it = (marked["kernel"] == kernel) & (marked["model"] == model)
-        beaten = (~marked.loc[of_it, FRONT]).sum()
+        on_front = marked.loc[(marked[KIND] == list(kind)).all(axis=1), FRONT]
         sentences.append(
-            f"**{kernel}, {model}**: one stage loses {loss.median():.1f}% of throughput in the "
-            f"median of {len(loss)} problems, {loss.max():.1f}% at most; {told}. "
-            f"{beaten} of {of_it.sum()} configurations are beaten on both LDS and throughput."
+            f"**{named(*kind)}**: one stage loses {loss.median():.1f}% of throughput in the "
+            f"median of {len(loss)} problems and tiles, {loss.max():.1f}% at most; {told}. "
+            f"{(~on_front).sum()} of {len(on_front)} configurations are beaten on both LDS and "
+            "throughput."
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)

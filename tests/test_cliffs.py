@@ -314,6 +314,22 @@ def test_pictures_have_a_panel_per_curve_and_ring_what_is_flagged(published_step
         assert sum(len(line.get_xdata()) for line in rings) == table[cliffs.LOOK].sum()
 
 
+def test_a_curve_of_one_cell_has_no_panel():
+    plots.use_style()
+    rows = [launch(2048, 100.0), launch(4096, 90.0), launch(2048, 100.0, tp=2)]
+    (axis,) = plots.cliffs_along_m(steps(*rows), CURVE).axes
+    assert axis.get_title("left").endswith("TP 1")
+
+
+def test_curves_are_told_apart_by_their_sums_where_they_differ():
+    rows = [launch(m, 100.0, fast_accum=fast) for m in (2048, 4096) for fast in (False, True)]
+    curve = [*CURVE, "fast_accum"]
+    of_cells = cliffs.cells(tables.labelled(frame(rows)), "tflops", curve)
+    figure = plots.cliffs_along_m(cliffs.steps(of_cells, curve), curve)
+    titles = [axis.get_title("left").split("\n")[-1] for axis in figure.axes]
+    assert titles == ["TP 1, full sums", "TP 1, fast sums"]
+
+
 def test_pictures_of_nothing_say_so():
     nothing = pd.DataFrame(columns=[*CURVE, "m", cliffs.LEFT])
     for picture in (plots.cliffs_along_m, plots.left_along_m):

@@ -32,6 +32,7 @@ def row(num_stages, time_us, spread=0.01, **changed):
         "split_k": 1,
         "num_warps": 4,
         "num_stages": num_stages,
+        "fast_accum": False,
         "mode": "measured",
         "gpu": "a GPU",
         "run": "a run",
@@ -101,6 +102,18 @@ def test_runs_are_not_mixed(tmp_path):
     rows = [row(1, 20.0), row(2, 10.0), row(1, 40.0, run="later"), row(2, 30.0, run="later")]
     compared = trade.stages(measured(tmp_path, *rows))
     assert list(compared[trade.LOSS]) == pytest.approx([50, 25])
+
+
+def test_fast_sums_are_summed_up_apart(tmp_path):
+    rows = [row(1, 20.0), row(2, 10.0), *(row(n, 9.0, fast_accum=True) for n in (1, 2))]
+    rows = measured(tmp_path, *rows)
+    compared = trade.stages(rows)
+    assert list(trade.losses(compared)["median (%)"]) == pytest.approx([50, 0])
+    told = trade.conclusion(rows, compared)
+    assert "**moe_gemm_a8w8, Qwen3-235B-A22B**: one stage loses 50.0%" in told
+    assert "**moe_gemm_a8w8, Qwen3-235B-A22B, fast sums**: one stage loses 0.0%" in told
+    assert len(plots.lds_against_throughput(rows).axes) == 2
+    assert trade.fastest(rows)["time_us"].tolist() == [10, 9]
 
 
 # What each further stage brings.
@@ -246,6 +259,21 @@ def test_a_noisy_time_is_marked_in_picture_table_and_conclusion(tmp_path):
     assert "1 of these times are noisy" in told
     quiet = measured(tmp_path, row(1, 20.0), row(2, 12.0))
     assert "noisy" not in trade.conclusion(quiet, trade.stages(quiet))
+
+
+def test_of_many_tiles_a_picture_names_what_is_on_the_front(tmp_path):
+    tiles = [16 << at for at in range(6)]
+    rows = measured(
+        tmp_path,
+        *(row(1, 20.0 + n, block_n=n) for n in tiles),
+        *(row(2, 10.0 + n, block_n=n) for n in tiles),
+    )
+    (axis,) = plots.lds_against_throughput(rows).axes
+    told = [text.get_text() for text in axis.texts]
+    assert [text for text in told if "x" in text] == ["64x16x64", "64x16x64"]
+    assert sorted(text for text in told if text.isdigit()) == ["1", "2"]
+    points = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert len(points) == 12
 
 
 def test_a_stage_count_has_one_colour_in_every_picture(tmp_path):

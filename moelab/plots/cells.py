@@ -61,8 +61,7 @@ def published_lds(rows: pd.DataFrame, deeper: pd.DataFrame) -> Figure:
         box = {"frameon": True, "framealpha": 1, "edgecolor": "none"}
         axis.legend(fontsize=7, loc="upper right", **box)
     shards = ", ".join(map(str, sorted(rows["tp"].unique())))
-    for axis in axes[-2:]:
-        axis.set_xlabel(f"LDS of one workgroup (KiB); side by side: TP {shards}", fontsize=9)
+    figure.supxlabel(f"LDS of one workgroup (KiB); side by side: TP {shards}", fontsize=10)
     keys = []
     for frame, what in ((rows, "published"), (deeper, "nothing published")):
         count = frame["num_stages"].max()
@@ -92,18 +91,20 @@ def _draw_deeper(axis: Axes, more: pd.DataFrame, marker: str) -> None:
 def cliffs_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
     """Draw throughput along M beside what the model makes of the cell before.
 
-    A panel per curve. From a grey bar, all that tiles alone and tiles with waves make of the
-    cell before, to the point is what is left; a ring is a flagged fall. A vertical line marks
-    where the configuration changes.
+    A panel per curve of more than one cell. From a grey bar, all that tiles alone and tiles
+    with waves make of the cell before, to the point is what is left; a ring is a flagged
+    fall. A vertical line marks where the configuration changes.
 
     Args:
         steps: of `cliffs.steps`.
         curve: as there.
     """
-    inner = [name for name in curve if name not in ("kernel", "model")]
+    # A curve of one cell has no steps, and would take as much room as one that has.
+    steps = steps[steps.groupby(curve)["m"].transform("size") > 1]
     groups = list(steps.groupby(["kernel", "model"], sort=False))
     if not groups:
-        return empty("no cell")
+        return empty("no curve has two cells")
+    inner = _inner(steps, curve)
     columns = max(len(group[inner].drop_duplicates()) for _, group in groups)
     figure, axes = subplots(
         len(groups),
@@ -138,9 +139,14 @@ def cliffs_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
     return figure
 
 
+def _inner(steps: pd.DataFrame, curve: list[str]) -> list[str]:
+    """Name the columns that tell the curves of a kernel and model apart."""
+    told = [name for name in curve if name not in ("kernel", "model")]
+    return [name for name in told if name != "fast_accum" or steps[name].nunique() > 1]
+
+
 def _named(inner: list[str], values: Any) -> str:
-    words = {"tp": "TP", "layer": "layer"}
-    return ", ".join(f"{words[name]} {of}" for name, of in zip(inner, values, strict=True))
+    return ", ".join(map(cliffs.in_words, inner, values))
 
 
 def _draw_cliffs(axis: Axes, line: pd.DataFrame) -> None:
@@ -167,7 +173,7 @@ def left_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
     Args:
         steps, curve: as in `cliffs_along_m`.
     """
-    inner = [name for name in curve if name not in ("kernel", "model")]
+    inner = _inner(steps, curve)
     panels = list(steps.dropna(subset=[cliffs.LEFT]).groupby(["kernel", "model"], sort=False))
     if not panels:
         return empty("no two cells of a curve")
@@ -188,7 +194,6 @@ def left_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
         axis.set_ylim(low, high)
         axis.set_title(f"{kernel}\n{model}", fontsize=9)
         axis.set_ylabel("left (%)")
-    for axis in axes[-2:]:
-        axis.set_xlabel("tokens before top-k")
+    figure.supxlabel("tokens before top-k", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper left")
     return figure

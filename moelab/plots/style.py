@@ -49,6 +49,15 @@ def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def mosaic(places: list[list[Any]], **options: Any) -> tuple[Figure, dict[Any, Any]]:
+    """Make a figure with a panel for each name in ``places``; ``"."`` stays free."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplot_mosaic(places, **options)
+    plt.close(figure)
+    return figure, axes
+
+
 def empty(why: str) -> Figure:
     """Say in a figure's place why there is none."""
     figure, axis = subplots(figsize=(9.5, 3 * ROW_INCHES + 1.2))
