@@ -89,7 +89,6 @@ class Choice:
     runner_up_us: float | None = None
     compared: int = 0
     source: str | None = None
-    source: str | None = None
 
 
 def best(kernel: str, problem: Problem, target: str, block_m: int | None = None) -> Choice | None:
@@ -207,7 +206,8 @@ def _load(target: str) -> dict[Shape, list[Choice]]:
         of_file: dict[Shape, list[Choice]] = {}
         for row in file["rows"]:
             source = file["made_by"][row["by"]]["source"]
-            choice = Choice(_tile(row), *(row[name] for name in _OF_CHOICE), source)
+            named = {name: row[name] for name in _OF_CHOICE}
+            choice = Choice(_tile(row), **named, source=source)
             of_file.setdefault(_shape(row), []).append(choice)
         found = of_file | found
     return found
@@ -330,12 +330,11 @@ def stale(found: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, str
 _NAMES = ["kernel", "model", "layer", "tp", "m"]
 
 
-def winners(rows: pd.DataFrame, sources: Mapping[str, str]) -> list[dict[str, Any]]:
+def winners(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Reduce measured rows to the quickest of each problem and block_m.
 
     Args:
         rows: of `bench.measure`; what was not timed is left out.
-        sources: of each kernel, by `kernels.source_hash`.
     Returns:
         rows for `save`.
     """
@@ -353,7 +352,7 @@ def winners(rows: pd.DataFrame, sources: Mapping[str, str]) -> list[dict[str, An
                 "high_us": round(row["time_high_us"], 2),
                 "runner_up_us": round(timed[1]["time_us"], 2) if timed[1:] else None,
                 "compared": row["compared"],
-                "made_by": _made_by(row, sources[row["kernel"]]),
+                "made_by": _made_by(row),
             }
         )
     return found
@@ -423,12 +422,12 @@ def _is_published(row: Mapping[str, Any]) -> bool:
     return problems.ruled_tile(row["kernel"], _problem_of(row)) == (_tile(row), row["num_warps"])
 
 
-def _made_by(row: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _made_by(row: Mapping[str, Any]) -> dict[str, Any]:
     """Name what made a row, in words that its other rows share."""
     made_by = json.loads(row["made_by"])
     rounds = json.loads(row["samples_us"])
     return {
-        "source": source,
+        "source": made_by["kernel"],
         "gpu": row["gpu"],
         **{name: made_by.get(name) for name in ("driver", "triton", "torch", "date")},
         "moelab": row["moelab"],
