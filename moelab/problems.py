@@ -261,17 +261,8 @@ def routed_block_m(problem: Problem) -> int:
     >>> routed_block_m(problem("GPT-OSS 120B", layer=1, tp=1, m=1536))
     64
     """
-    return max(16, min(mean_rows(problem), 128))
-
-
-def mean_rows(problem: Problem) -> int:
-    """Rows of an expert in the mean, rounded up to a power of two.
-
-    >>> mean_rows(problem("GPT-OSS 120B", layer=1, tp=1, m=15872))
-    512
-    """
     mean = max(1, problem.rows // problem.experts)
-    return 1 << (mean - 1).bit_length()
+    return max(16, min(1 << (mean - 1).bit_length(), 128))
 
 
 def ruled_tile(kernel: str, problem: Problem, block_m: int | None = None) -> tuple[Tile, int]:

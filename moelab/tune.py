@@ -1,7 +1,7 @@
 """Find the best configuration of each problem on the GPU at hand, by successive halving.
 
 `space` proposes tiles, warps and stage counts around a problem; `pruned` asks the compiler and
-leaves out what can't win: what doesn't fit, all but the deepest pipelines that do, and what
+leaves out what can't win: what doesn't fit, all but the deepest pipeline that does, and what
 spills where something else doesn't. `halving` times few samples of all that is left, then many
 of the best and of their `variants` (Jamieson and Talwalkar, arXiv:1502.07943), so that the
 winner is not the luckiest. `tuned` keeps the winners.
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 MODELS = ("Qwen3-235B-A22B", "Llama4 Maverick", "GPT-OSS 120B", "DeepSeek-R1")
 
-_BLOCK_M = (16, 256)
 _BLOCK_N = (64, 128, 256)
 # A step along K of fewer bytes than these leaves memory and matrix units waiting for its ends.
 _BLOCK_K = {
@@ -43,12 +42,8 @@ _WARPS = (4, 8)
 # product of matrix units.
 _LEAST_SUMS = 8
 
-# Stage counts below the largest that fits; `variants` tries others of the best.
-_FEWER = 1
-
 # How programs go about their tiles, as `Tile` has it: what a kernel can't is a row that says so.
 _WAYS: tuple[dict[str, Any], ...] = (
-    {"group_m": 1},
     {"group_m": 8},
     {"tma": True},
     {"tails": 2},
@@ -111,18 +106,17 @@ def cells(
 def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
     """Propose tiles and warps for a problem, each with `tuned.MOST_STAGES`.
 
-    The published tile is among them. block_m is the mean rows of an expert, or twice or, where
-    it is large, half of that: less reads the weights more often, more computes rows that are
-    not there.
+    The published tile is among them. block_m is the one that the published rules route with
+    or twice that, and half of the largest: less reads the weights more often, more computes
+    rows that are not there.
     """
-    mean = min(max(problems.mean_rows(problem), _BLOCK_M[0]), _BLOCK_M[1])
-    sizes = {mean, 2 * mean, problems.routed_block_m(problem)}
-    sizes |= {mean // 2} if mean >= 128 else set()
+    routed = problems.routed_block_m(problem)
+    sizes = (routed, 2 * routed, *([routed // 2] if routed == 128 else []))
     tilings = [problems.ruled_tile(kernel, problem)]
-    for m, n, k, warps in itertools.product(sorted(sizes), _BLOCK_N, _BLOCK_K[kernel], _WARPS):
+    for m, n, k, warps in itertools.product(sizes, _BLOCK_N, _BLOCK_K[kernel], _WARPS):
         sums = m * n / (warps * target.warp_size)
         most = target.registers_per_thread // 2 + 1
-        if _BLOCK_M[0] <= m <= _BLOCK_M[1] and _LEAST_SUMS <= sums <= most:
+        if _LEAST_SUMS <= sums <= most:
             tilings.append((Tile(m, n, k), warps))
     return [
         Configuration(kernel, problem, tile, warps, tuned.MOST_STAGES, "default", target.name)
@@ -139,9 +133,9 @@ def pruned(
 ) -> list[Configuration]:
     """Leave out what can't win, by what the compiler says; see `sweep.run`.
 
-    Of each tile stays the largest stage count that fits, at most the one asked, and the next
-    below; of the published tile every one. What spills more than the least of its problem and
-    block_m goes.
+    Of each tile stays the largest stage count that fits, at most the one asked: `variants`
+    tries others of the best. Of the published tile every one stays. What spills more than the
+    least of its problem and block_m goes.
     """
     # Tokens change nothing that is compiled but the width of offsets: the most ask for all.
     alike: dict[Configuration, list[Configuration]] = defaultdict(list)
@@ -153,14 +147,12 @@ def pruned(
         told = sweep.run(list(left.values()), store, jobs=jobs, progress=progress)
         refused = {}
         for (key, of), status in zip(left.items(), told["status"], strict=True):
-            counts = range(max(1, of.num_stages - _FEWER), of.num_stages + 1)
-            if status != "ok":
-                counts = range(0)
-                if of.num_stages > 1:
-                    refused[key] = replace(of, num_stages=of.num_stages - 1)
-            elif any(map(_is_published, alike[key])):
-                counts = range(1, of.num_stages + 1)
-            kept[key] = [replace(of, num_stages=count) for count in counts]
+            if status == "ok":
+                published = any(map(_is_published, alike[key]))
+                counts = range(1 if published else of.num_stages, of.num_stages + 1)
+                kept[key] = [replace(of, num_stages=count) for count in counts]
+            elif of.num_stages > 1:
+                refused[key] = replace(of, num_stages=of.num_stages - 1)
         left = refused
     asked = [(key, of) for key, counts in kept.items() for of in counts]
     full = sweep.run([of for _, of in asked], store, full=True, jobs=jobs, progress=progress)

@@ -195,6 +195,12 @@ def path_of(target: str, folder: Path | str | None = None) -> Path:
     return Path(folder or os.environ.get("MOELAB_TUNED") or SHIPPED) / f"tuned_{target}.json"
 
 
+def files() -> list[Path]:
+    """List every target's files, those that launchers look at first in front."""
+    folders = dict.fromkeys((path_of("").parent, SHIPPED))
+    return [path for folder in folders for path in sorted(folder.glob("tuned_*.json"))]
+
+
 @functools.cache
 def _load(target: str) -> dict[Shape, list[Choice]]:
     """Read a target's choices once; a shape in ``$MOELAB_TUNED`` hides the shipped one's."""
