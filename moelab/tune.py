@@ -228,10 +228,10 @@ def _finalists(times: Mapping[Configuration, float], keep: int) -> Iterator[Conf
 
 
 def variants(of: Configuration) -> Iterator[Configuration]:
-    """Change a configuration by a stage more or fewer, or by how programs go about tiles."""
-    for stages in (of.num_stages - 1, of.num_stages + 1):
-        if stages:
-            yield replace(of, num_stages=stages)
+    """Change a configuration by a stage or two, or by how programs go about tiles."""
+    for more in (-1, 1, 2):
+        if of.num_stages + more:
+            yield replace(of, num_stages=of.num_stages + more)
     for changed in _WAYS:
         if changed.keys() <= vars(of.tile).keys():
             yield replace(of, tile=replace(of.tile, **changed))

@@ -168,6 +168,28 @@ def test_token_counts_are_asked_once_and_left_for_each(compiler, tmp_path):
     assert {of.problem.m for of, _ in compiler} == {700}
 
 
+def test_a_run_measures_what_the_compiler_left_weights_by_weights(compiler, tmp_path, monkeypatch):
+    asked = []
+
+    def measure(configurations, store, *, workload, seed, rounds, repetitions, **_):
+        assert (store, workload, seed) == (tmp_path, "zipf", 7)
+        asked.append(list(configurations))
+        return Gpu(noise=0).measure(configurations, rounds=rounds, repetitions=repetitions)
+
+    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", SM_90))
+    monkeypatch.setattr(bench, "measure", measure)
+    cells = tune.cells(target="sm_90", models=QWEN)
+    rows = tune.run(cells, tmp_path, progress=False, workload="zipf", seed=7)
+    assert len(rows) == sum(map(len, asked))
+    for part in asked:
+        measured = list(dict.fromkeys((of.kernel, of.problem) for of in part))
+        assert measured == [cell for cell in cells if cell in measured]
+        layers = {of.problem.layer for of in part}
+        assert len(layers) == 1 and len(measured) == len(cells) / 2
+    # All that was proposed and refused or spilled was never measured.
+    assert all(of.tile.block_n * of.num_stages <= 512 for of in asked[0])
+
+
 # Halved, by times that are made up.
 
 
@@ -287,7 +309,7 @@ def test_variants_change_one_thing_and_are_no_repetition():
     (of,) = proposed((Tile(32, 64, 128), 8), stages=1)
     found = list(tune.variants(of))
     assert len(set(found)) == len(found) and of not in found
-    assert [one.num_stages for one in found if one.tile == of.tile] == [2]
+    assert [one.num_stages for one in found if one.tile == of.tile] == [2, 3]
     assert all((one.tile.block_m, one.tile.block_n) == (32, 64) for one in found)
 
 
