@@ -399,6 +399,7 @@ def measure(
 @click.option("--layer", default="all", help="1, 2 or all.")
 @click.option("--tp", default="1,4", help="Tensor parallelism.")
 @click.option("--m", default="512,2560,8704,15872", help="Tokens before top-k.")
+@click.option("--fast-accum", is_flag=True, help="With sums left to Hopper's fp8 tensor cores.")
 @click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
 @click.option("--seed", default=0, help="Of inputs and routing.")
 @click.option(
@@ -431,7 +432,7 @@ def tune(
     store: Path,
     jobs: int | None,
     as_json: bool,
-    **asked: str,
+    **asked: Any,
 ) -> None:
     """Find the best tile, warps, stages and program order on the GPU at hand, and keep them.
 

@@ -37,20 +37,10 @@ _BLOCK_K = {
 _WARPS = (4, 8)
 
 # Of fp32 sums a thread may hold so many, half the registers that it has: the other half is for
-# operands, addresses and, in two kernels, a second accumulator. On sm_90 (Triton 3.6.0) every
-# tile beyond spilled 56 to 402 registers. Fewer than the least leave a warp without a whole
+# operands, addresses and, in two kernels, a second accumulator. On sm_90 (Triton 3.6.0) tiles
+# beyond spilled 170 to 402 registers. Fewer than the least leave a warp without a whole
 # product of matrix units.
 _LEAST_SUMS = 8
-
-# How programs go about their tiles, as `Tile` has it: what a kernel can't is a row that says so.
-_WAYS: tuple[dict[str, Any], ...] = (
-    {"group_m": 8},
-    {"tma": True},
-    {"tails": 2},
-    {"tma": True, "tails": 2},
-    {"persistent": True},
-    {"tma": True, "persistent": True},
-)
 
 # More spilled registers than those of the block_m's least, in which whole tiles differ by
 # hundreds.
@@ -82,6 +72,7 @@ def cells(
     layers: object = "all",
     tp: object = (1, 4),
     m: object = (512, 2560, 8704, 15872),
+    fast_accum: bool = False,
 ) -> list[tuple[str, Problem]]:
     """List the problems to tune: each kernel with the models that are served with it.
 
@@ -93,7 +84,13 @@ def cells(
         for kernel in plan.named("kernels", kernels, plan.MOE_GEMMS):
             if kernel in problems.MODELS[model].kernels:
                 asked = plan.grid(
-                    kernels=kernel, targets=target, models=model, layers=layers, tp=tp, m=m
+                    kernels=kernel,
+                    targets=target,
+                    models=model,
+                    layers=layers,
+                    tp=tp,
+                    m=m,
+                    fast_accum=fast_accum,
                 )
                 found += [(of.kernel, of.problem) for of in asked]
     if not found:
@@ -232,9 +229,13 @@ def variants(of: Configuration) -> Iterator[Configuration]:
     for more in (-1, 1, 2):
         if of.num_stages + more:
             yield replace(of, num_stages=of.num_stages + more)
-    for changed in _WAYS:
-        if changed.keys() <= vars(of.tile).keys():
-            yield replace(of, tile=replace(of.tile, **changed))
+    # What a kernel can't is a row that says so.
+    ways: list[dict[str, Any]] = [{"group_m": 8}, {"tma": True}, {"persistent": True}]
+    ways.append({"tma": True, "persistent": True})
+    if tails := min(2, (of.tile.block_m // 16).bit_length() - 1):
+        ways += [{"tails": tails}, {"tma": True, "tails": tails}]
+    for way in ways:
+        yield replace(of, tile=replace(of.tile, **way))
 
 
 def run(
@@ -255,11 +256,17 @@ def run(
     Returns:
         every measured row; `tuned.winners` reduces them.
     Raises:
-        as `bench.measure`.
+        ValueError: nothing compiles for a problem.
+        MeasureError, OSError: as `bench.measure`.
     """
     target = bench.gpu().target
     asked = [each for kernel, problem in of for each in space(kernel, problem, target)]
     likely = pruned(asked, store, jobs=jobs, progress=progress)
+    if nothing := {kernel for kernel, _ in set(of) - {(one.kernel, one.problem) for one in likely}}:
+        raise ValueError(
+            f"no tile of {', '.join(sorted(nothing))} compiles and fits {target.name}; "
+            "`moelab sweep` says why"
+        )
     # Problems that share their weights follow one another.
     order = {cell: number for number, cell in enumerate(of)}
     likely.sort(key=lambda each: order[each.kernel, each.problem])

@@ -190,13 +190,26 @@ def test_a_run_measures_what_the_compiler_left_weights_by_weights(compiler, tmp_
     assert all(of.tile.block_n * of.num_stages <= 512 for of in asked[0])
 
 
+def test_a_kernel_of_which_nothing_compiles_is_told(monkeypatch, tmp_path):
+    def refuse(questions, store, **_):
+        return pd.DataFrame(
+            [{"status": "compile_error", "spilled_registers": pd.NA}] * len(questions)
+        )
+
+    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", SM_90))
+    monkeypatch.setattr(sweep, "run", refuse)
+    cells = tune.cells(target="sm_90", kernels="moe_gemm_a4w4", fast_accum=True)
+    with pytest.raises(ValueError, match="no tile of moe_gemm_a4w4 compiles and fits sm_90"):
+        tune.run(cells, tmp_path)
+
+
 # Halved, by times that are made up.
 
 
 class Gpu:
     """Times as a noisy GPU gives them, and what was asked of it."""
 
-    def __init__(self, noise=0.02, seed=0):
+    def __init__(self, noise=0.01, seed=0):
         self.random, self.noise, self.asked = random.Random(seed), noise, []
 
     @staticmethod
@@ -305,7 +318,13 @@ def test_what_was_not_timed_does_not_go_on():
     assert 128 not in {of.tile.block_n for of in gpu.asked[-1][0]}
 
 
-def test_variants_change_one_thing_and_are_no_repetition():
+@pytest.mark.parametrize(("block_m", "tails"), [(16, 0), (32, 1), (64, 2), (256, 2)])
+def test_a_variants_last_tiles_have_16_rows_or_more(block_m, tails):
+    (of,) = proposed((Tile(block_m, 64, 128), 8))
+    assert {one.tile.tails for one in tune.variants(of)} == {0, tails}
+
+
+def test_variants_keep_the_blocks_and_are_no_repetition():
     (of,) = proposed((Tile(32, 64, 128), 8), stages=1)
     found = list(tune.variants(of))
     assert len(set(found)) == len(found) and of not in found
