@@ -53,15 +53,15 @@ class Rung:
 
     Args:
         rounds, repetitions: as `bench.measure` takes them.
-        keep: of each problem and block_m, how many go on to the next.
+        keep: how many of a problem go on to the next, with their variants.
     """
 
     rounds: int
     repetitions: int
-    keep: int
+    keep: int = 1
 
 
-RUNGS = (Rung(2, 2, keep=2), Rung(5, 3, keep=1))
+RUNGS = (Rung(2, 1, keep=2), Rung(4, 2))
 
 
 def cells(
@@ -182,8 +182,8 @@ def halving(
 ) -> pd.DataFrame:
     """Time all with few samples, then the best and their variants with more.
 
-    The published tile's best stage count goes on too, so that there is something to compare
-    the winner with.
+    The best of each block_m goes on too, for who routes with it, and the published tile's best
+    stage count, to compare the winner with.
 
     Args:
         measure: takes configurations, ``rounds`` and ``repetitions``, and gives their rows in
@@ -210,15 +210,15 @@ def halving(
 
 
 def _finalists(times: Mapping[Configuration, float], keep: int) -> Iterator[Configuration]:
-    """Yield the best of each problem and block_m, of the published tile, and variants."""
+    """Yield each problem's best with their variants, each block_m's, and the published tile's."""
     by_problem: dict[tuple[str, Problem], list[Configuration]] = defaultdict(list)
     for of in sorted(times, key=times.__getitem__):
         by_problem[of.kernel, of.problem].append(of)
     for of_problem in by_problem.values():
-        kept = dict.fromkeys(itertools.islice(filter(_is_published, of_problem), 1))
+        kept = dict.fromkeys(of_problem[:keep])
         for block_m in dict.fromkeys(of.tile.block_m for of in of_problem):
-            same = [of for of in of_problem if of.tile.block_m == block_m]
-            kept |= dict.fromkeys(same[:keep])
+            kept[next(of for of in of_problem if of.tile.block_m == block_m)] = None
+        kept |= dict.fromkeys(itertools.islice(filter(_is_published, of_problem), 1))
         for of in of_problem[:keep]:
             kept |= dict.fromkeys(variants(of))
         yield from kept

@@ -76,7 +76,8 @@ class Choice:
     Args:
         num_stages: None: as many as fit, `MOST_STAGES` at most.
         m: tokens that it was measured with; None where it was not, and so below.
-        time_us, runner_up_us: its time and that of the next best of the same block_m.
+        time_us: its time.
+        runner_up_us: of the next best of its block_m; None where no other was timed as long.
         compared: how many configurations of that block_m were timed.
         source: of the kernel then, as `kernels.source_hash` has it.
     """

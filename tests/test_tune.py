@@ -277,7 +277,7 @@ def test_the_best_is_found_among_noisy_times(seed):
 def test_few_are_measured_long_and_their_variants_with_them():
     gpu = Gpu(noise=0)
     asked = spread(layers=(1,))
-    tune.halving(asked, gpu.measure, (Rung(2, 2, keep=2), Rung(6, 5, keep=1)))
+    tune.halving(asked, gpu.measure, (Rung(2, 2, keep=2), Rung(6, 5)))
     (all_of_them, few), (finalists, many) = gpu.asked
     assert (all_of_them, few, many) == (asked, 4, 30)
     best = min(asked, key=gpu.truth)
