@@ -184,6 +184,17 @@ def test_a_tile_that_fits_with_no_stage_count_is_refused_as_triton_does(
         case(kernel, generator).run(None)
 
 
+@pytest.mark.gpu
+@every_kernel
+def test_what_a_gpu_refuses_is_stepped_down_from_and_the_result_is_right(
+    kernel, device_generator, tuned_folder
+):
+    of = case(kernel, device_generator, Tile(128, 32, 64))
+    of.check(of.run(None))
+    (num_stages,) = grouped_gemm._DEEPEST.values()
+    assert num_stages < tuned.MOST_STAGES or kernel == "moe_gemm_a8w8_blockscale"
+
+
 @every_kernel
 def test_a_kernel_that_changed_since_is_said_once_and_its_choice_used(
     kernel, generator, recorder, tuned_folder
