@@ -334,7 +334,7 @@ def stale(found: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, str
 
 # From measured rows.
 
-_NAMES = ["kernel", "model", "layer", "tp", "m"]
+_NAMES = ["kernel", "model", "fast_accum", "layer", "tp", "m"]
 
 
 def winners(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -391,8 +391,8 @@ def gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_gains(compared: pd.DataFrame) -> pd.DataFrame:
-    """Take the geometric mean of `gains` per kernel and model, the least and the most."""
-    grouped = compared.groupby(["kernel", "model"], sort=False)["gain"]
+    """Take the geometric mean of `gains` per kernel, model and way to sum, least and most."""
+    grouped = compared.groupby(["kernel", "model", "fast_accum"], sort=False)["gain"]
     return grouped.agg(
         problems="size",
         mean=lambda gain: math.exp(sum(map(math.log, gain)) / len(gain)),
