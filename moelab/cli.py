@@ -399,6 +399,8 @@ def measure(
 @click.option("--layer", default="all", help="1, 2 or all.")
 @click.option("--tp", default="1,4", help="Tensor parallelism.")
 @click.option("--m", default="512,2560,8704,15872", help="Tokens before top-k.")
+@click.option("--x-format", help="Of x, where the kernel takes several: fp8, mxfp8.")
+@click.option("--scale-layout", default="rows", help="Of mx weights: see `moelab sweep`.")
 @click.option("--fast-accum", is_flag=True, help="With sums left to Hopper's fp8 tensor cores.")
 @click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
 @click.option("--seed", default=0, help="Of inputs and routing.")

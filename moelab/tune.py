@@ -36,6 +36,9 @@ _BLOCK_K = {
 }
 _WARPS = (4, 8)
 
+# Hopper's own mxfp4 kernel takes one step, and has a use for more of them under way.
+_HOPPER_BLOCK_K, _HOPPER_STAGES = (128,), 6
+
 # Of fp32 sums a thread may hold so many, half the registers that it has: the other half is for
 # operands, addresses and, in two kernels, a second accumulator. On sm_90 (Triton 3.6.0) tiles
 # beyond spilled 170 to 402 registers. Fewer than the least leave a warp without a whole
@@ -72,10 +75,12 @@ def cells(
     layers: object = "all",
     tp: object = (1, 4),
     m: object = (512, 2560, 8704, 15872),
-    fast_accum: bool = False,
+    **formats: Any,
 ) -> list[tuple[str, Problem]]:
     """List the problems to tune: each kernel with the models that are served with it.
 
+    Args:
+        formats: x_format, scale_layout and fast_accum, as `plan.grid` takes them.
     Raises:
         ParameterError: a value is not one of the right ones, or nothing is left.
     """
@@ -90,7 +95,7 @@ def cells(
                     layers=layers,
                     tp=tp,
                     m=m,
-                    fast_accum=fast_accum,
+                    **formats,
                 )
                 found += [(of.kernel, of.problem) for of in asked]
     if not found:
@@ -101,7 +106,7 @@ def cells(
 
 
 def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
-    """Propose tiles and warps for a problem, each with `tuned.MOST_STAGES`.
+    """Propose tiles and warps for a problem, each with the most stages to try.
 
     The published tile is among them. block_m is the one that the published rules route with
     or twice that, and half of the largest: less reads the weights more often, more computes
@@ -110,13 +115,16 @@ def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
     routed = problems.routed_block_m(problem)
     sizes = (routed, 2 * routed, *([routed // 2] if routed == 128 else []))
     tilings = [problems.ruled_tile(kernel, problem)]
-    for m, n, k, warps in itertools.product(sizes, _BLOCK_N, _BLOCK_K[kernel], _WARPS):
+    steps, stages = _BLOCK_K[kernel], tuned.MOST_STAGES
+    if problem.scale_layout == "hopper":
+        steps, stages = _HOPPER_BLOCK_K, _HOPPER_STAGES
+    for m, n, k, warps in itertools.product(sizes, _BLOCK_N, steps, _WARPS):
         sums = m * n / (warps * target.warp_size)
         most = target.registers_per_thread // 2 + 1
         if _LEAST_SUMS <= sums <= most:
             tilings.append((Tile(m, n, k), warps))
     return [
-        Configuration(kernel, problem, tile, warps, tuned.MOST_STAGES, "default", target.name)
+        Configuration(kernel, problem, tile, warps, stages, "default", target.name)
         for tile, warps in dict.fromkeys(tilings)
     ]
 

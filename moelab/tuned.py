@@ -33,6 +33,10 @@ SHIPPED = Path(__file__).parent / "data"
 # the median of 260 problems, and 2.9 times at most; capped at 4 it lost 1.5% (`trade.SHIPPED`).
 MOST_STAGES = 4
 
+# block_n and block_k of weights laid out for Hopper, of which no published rule speaks: four
+# warps multiply 64 columns of w at once, and its steps are of 128.
+_HOPPER_BLOCKS = (128, 128)
+
 
 class Shape(NamedTuple):
     """What a choice is for, whatever its model: tokens and epilogue are left out.
@@ -181,6 +185,8 @@ def choose(shape: Shape, m: int, block_m: int, target: str | None) -> Choice:
                 f"tuned on {target} with {', '.join(map(str, known))}: route with "
                 f"{block_m_for([shape], m, target)}, the best at {m} tokens, or give a tile"
             )
+    if shape.scale_layout == "hopper":
+        return Choice(Tile(block_m, *_HOPPER_BLOCKS), 4 if block_m <= 128 else 8, MOST_STAGES)
     tile, num_warps = problems.ruled_tile(shape.kernel, _problem(shape, m), block_m)
     return Choice(tile, num_warps, None)
 
