@@ -34,10 +34,9 @@ _BLOCK_K = {
     "moe_gemm_a8w4": (64, 128, 256),
     "moe_gemm_a4w4": (64, 128, 256),
 }
+# Weights laid out for Hopper lie by one.
+_HOPPER_BLOCK_K = (128,)
 _WARPS = (4, 8)
-
-# Hopper's own mxfp4 kernel takes one step, and has a use for more of them under way.
-_HOPPER_BLOCK_K, _HOPPER_STAGES = (128,), 6
 
 # Of fp32 sums a thread may hold so many, half the registers that it has: the other half is for
 # operands, addresses and, in two kernels, a second accumulator. On sm_90 (Triton 3.6.0) tiles
@@ -106,7 +105,7 @@ def cells(
 
 
 def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
-    """Propose tiles and warps for a problem, each with the most stages to try.
+    """Propose tiles and warps for a problem, each with `tuned.MOST_STAGES`.
 
     The published tile is among them. block_m is the one that the published rules route with
     or twice that, and half of the largest: less reads the weights more often, more computes
@@ -115,16 +114,14 @@ def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
     routed = problems.routed_block_m(problem)
     sizes = (routed, 2 * routed, *([routed // 2] if routed == 128 else []))
     tilings = [problems.ruled_tile(kernel, problem)]
-    steps, stages = _BLOCK_K[kernel], tuned.MOST_STAGES
-    if problem.scale_layout == "hopper":
-        steps, stages = _HOPPER_BLOCK_K, _HOPPER_STAGES
+    steps = _HOPPER_BLOCK_K if problem.scale_layout == "hopper" else _BLOCK_K[kernel]
     for m, n, k, warps in itertools.product(sizes, _BLOCK_N, steps, _WARPS):
         sums = m * n / (warps * target.warp_size)
         most = target.registers_per_thread // 2 + 1
         if _LEAST_SUMS <= sums <= most:
             tilings.append((Tile(m, n, k), warps))
     return [
-        Configuration(kernel, problem, tile, warps, stages, "default", target.name)
+        Configuration(kernel, problem, tile, warps, tuned.MOST_STAGES, "default", target.name)
         for tile, warps in dict.fromkeys(tilings)
     ]
 
@@ -234,8 +231,8 @@ def _finalists(times: Mapping[Configuration, float], keep: int) -> Iterator[Conf
 
 def variants(of: Configuration) -> Iterator[Configuration]:
     """Change a configuration by a stage or two, or by how programs go about tiles."""
-    for more in (-1, 1, 2):
-        if of.num_stages + more:
+    for more in (-2, -1, 1, 2):
+        if of.num_stages + more > 0:
             yield replace(of, num_stages=of.num_stages + more)
     # What a kernel can't is a row that says so.
     ways: list[dict[str, Any]] = [{"group_m": 8}, {"tma": True}, {"persistent": True}]

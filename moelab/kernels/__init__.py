@@ -41,13 +41,20 @@ def load(name: str) -> ModuleType:
 def source_hash(name: str) -> str:
     """Hash what a kernel's machine code comes from: its jitted functions, and those they call.
 
-    Comments and layout don't count.
+    Those of kernels that its module imports count too, comments and layout don't.
 
     Raises:
         ValueError: there is no such kernel.
     """
     found: dict[str, str] = {}
-    left = _jitted(vars(load(name)))
+    module = load(name)
+    beside = [of for of in vars(module).values() if isinstance(of, ModuleType)]
+    left = [
+        function
+        for of in (module, *beside)
+        if of.__name__.startswith(__name__)
+        for function in _jitted(vars(of))
+    ]
     while left:
         function = left.pop()
         where = f"{function.__module__}.{function.__qualname__}"
