@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 MODELS = ("Qwen3-235B-A22B", "Llama4 Maverick", "GPT-OSS 120B", "DeepSeek-R1")
 
 _BLOCK_N = (64, 128, 256)
-# A step along K of fewer bytes than these leaves memory and matrix units waiting for its ends.
+# Steps along K: of x whole lines of 128 bytes, within a block of scales; half of one too where
+# w is widened in registers.
 _BLOCK_K = {
     "moe_gemm_a8w8": (128, 256),
     "moe_gemm_a8w8_blockscale": (128,),
