@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import inspect
 import json
 import random
 import secrets
@@ -288,7 +286,7 @@ def _timed(
     for of, pair in pairs.items():
         found[of]["both_layers_us"] = both[pair].get("time_us")
     for of, row in found.items():
-        row["made_by"] = json.dumps(_made_by() | {"kernel": _source_hash(of.kernel)})
+        row["made_by"] = json.dumps(_made_by() | {"kernel": kernels.source_hash(of.kernel)})
     return drawn, found
 
 
@@ -501,9 +499,3 @@ def _made_by() -> dict[str, Any]:
         "triton": compiler.triton_version(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
-
-
-@functools.cache
-def _source_hash(kernel: str) -> str:
-    source = inspect.getsource(kernels.load(kernel))
-    return hashlib.sha256(source.encode()).hexdigest()[:12]

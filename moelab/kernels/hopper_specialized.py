@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -39,11 +38,10 @@ from ..specs import UNQUANTIZED, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import activate
 from .grouped_gemm import Options
-from .launch import TileRule, check_tile, expect, one_of
+from .launch import TileRule, check_tile, expect, one_of, target_name
 from .routing import Routing, bounded_rows, near_programs
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Their names until Triton 3.8 and 3.9.
@@ -522,14 +520,10 @@ def _hopper_specialized_kernel(
     )
 
 
-def _rules(tile: Tile, k: int, here: str | None) -> list[TileRule]:
-    """Say what tiles it takes; see `launch.check_tile`.
-
-    Args:
-        here: where it was to run, if that is no Hopper.
-    """
+def _rules(tile: Tile, k: int, where: str) -> list[TileRule]:
+    """Say what tiles it takes on a target, by name; see `launch.check_tile`."""
     return [
-        ("specialized", here is None, f"none: it is for sm_90 alone, not {here}"),
+        ("specialized", where == "sm_90", f"none: it is for sm_90 alone, not {where}"),
         ("block_m", tile.block_m == 128, "128: two warpgroups multiply 64 rows each"),
         ("block_n", tile.block_n == 256, "256, the columns that a warpgroup's registers hold"),
         ("block_k", tile.block_k == 128, "128: a step's rows are 128 bytes of shared memory"),
@@ -551,19 +545,6 @@ def _check(fast_accum: bool, y_format: str) -> None:
     one_of("y_format of a specialized tile", y_format, UNQUANTIZED)
 
 
-def _no_hopper(device: torch.device) -> str | None:
-    """Name a device that can't launch it."""
-    import torch
-
-    if triton.knobs.runtime.interpret:
-        return "the interpreter"
-    if device.type != "cuda":
-        return f"a {device.type}"
-    if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
-        return torch.cuda.get_device_name(device)
-    return None
-
-
 def source(
     problem: Problem,
     tile: Tile,
@@ -582,7 +563,6 @@ def source(
         ValueError: the kernel can't take the tile, a format or the target.
     """
     _check(problem.fast_accum, problem.y_format)
-    here = None if (target.backend, target.arch) == ("cuda", 90) else target.name
     return grouped_gemm.describe(
         _hopper_specialized_kernel,
         problem,
@@ -591,7 +571,7 @@ def source(
         x=TensorSpec((problem.x_rows, problem.k), target.fp8),
         w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
         own={"x_scale_ptr": x_scale, "w_scale_ptr": w_scale, "BLOCKSCALE": blockscale},
-        rules=_rules(tile, problem.k, here),
+        rules=_rules(tile, problem.k, target.name),
         ways=_WAYS,
     )
 
@@ -620,7 +600,8 @@ def launch(
 
     _check(fast_accum, options.get("y_format", "bf16"))
     expect("w", w, (None, None, None), (torch.float8_e4m3fn,), of=w)
-    rules = _rules(tile, x.shape[1], _no_hopper(w.device))
+    # Gluon is not interpreted.
+    rules = _rules(tile, x.shape[1], target_name(w.device) or "a CPU")
     check_tile(tile, rules, _WAYS)
     num_warps = options.setdefault("num_warps", _NUM_WARPS)
     if num_warps != _NUM_WARPS:
@@ -628,11 +609,12 @@ def launch(
             f"num_warps is {num_warps}; expected {_NUM_WARPS} where the tile is specialized: "
             "those of each of its parts"
         )
+    options["num_stages"] = num_stages = options.get("num_stages") or _DEFAULT_STAGES
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,
         "BLOCKSCALE": blockscale,
-        "NUM_STAGES": options.setdefault("num_stages", _DEFAULT_STAGES),
+        "NUM_STAGES": num_stages,
     }
     return grouped_gemm.launch(
         _hopper_specialized_kernel,

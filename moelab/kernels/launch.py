@@ -107,6 +107,19 @@ def has_tma(device: torch.device) -> bool:
 
 
 @functools.cache
+def target_name(device: torch.device) -> str | None:
+    """Name the target that a device is, known to moelab or not; None where it is no GPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    chip = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(chip.gcnArchName).partition(":")[0]
+    return f"sm_{chip.major}{chip.minor}"
+
+
+@functools.cache
 def compute_units(device: torch.device) -> int:
     """Count a device's compute units (SMs); the interpreter has one."""
     import torch
@@ -124,16 +137,16 @@ def described(of: Tensor | TensorSpec, block: tuple[int, int], gluon: bool = Fal
         block: rows and columns that one load takes.
         gluon: for a Gluon kernel, which is told how fp8 lies in shared memory, 128 bytes a row.
     """
+    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    kind: Any = GluonDescriptor if gluon else TensorDescriptor
     k = of.shape[-1]
     rows = math.prod(of.shape[:-1])
     said = {"base": of, "shape": [rows, k], "strides": [k, 1], "block_shape": list(block)}
+    kind: Any = TensorDescriptor
     if gluon:
-        from triton.experimental.gluon.language import NVMMASharedLayout
-
+        kind = GluonDescriptor
         said["layout"] = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     if not isinstance(of, TensorSpec):
         return kind(**said)

@@ -19,7 +19,7 @@ from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm, hopper_specialized
 from .epilogue import finish
 from .grouped_gemm import Layer, Options
-from .launch import expect, expect_tile
+from .launch import expect
 from .operands import columns
 from .routing import Routing, every_tile, tile_rows
 
@@ -233,7 +233,7 @@ def moe_gemm_a8w8(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile,
+    tile: Tile | None = None,
     *,
     fast_accum: bool = False,
     **options: Unpack[Options],
@@ -245,8 +245,9 @@ def moe_gemm_a8w8(
         w: ``[experts, n, k]``, dtype of ``x``.
         x_scale: ``[1]`` fp32.
         w_scale: ``[experts]`` fp32.
-        routing: with ``block_m`` of ``tile``.
-        tile: a ``specialized`` one is 128x256x128, with 4 warps, on Hopper.
+        routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
+        tile: None takes the best that was measured, or the published rules'; see `tuned`.
+            A ``specialized`` one is 128x256x128, with 4 warps, on Hopper.
         fast_accum: leave the whole sum to Hopper's tensor cores, with about 14 bits.
         options: see `grouped_gemm.Options`.
     Returns:
@@ -257,12 +258,20 @@ def moe_gemm_a8w8(
     """
     import torch
 
-    expect_tile(tile)
     expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
     experts, _, k = w.shape
     expect("x", x, (None, k), (w.dtype,), of=w)
     expect("x_scale", x_scale, (1,), (torch.float32,), of=w)
     expect("w_scale", w_scale, (experts,), (torch.float32,), of=w)
+    tile, options = grouped_gemm.choose(
+        "moe_gemm_a8w8",
+        tile,
+        routing,
+        options,
+        w=w,
+        k=k,
+        fast_accum=fast_accum,
+    )
     if tile.specialized:
         return hopper_specialized.launch(
             *(x, w, x_scale, w_scale, routing, tile),
