@@ -61,8 +61,8 @@ def _fp8_in_shared():
 def _y_layout(COLUMNS, VECTOR):
     """Of a block of y: a thread holds 16 bytes side by side.
 
-    Rows stay in the warps, and four lanes, that wgmma leaves them in: what is rearranged
-    passes by shuffles, not by shared memory, which the stages fill.
+    Rows stay in the warps, and four lanes, that wgmma leaves them in, so that to rearrange
+    takes little of the shared memory, which the stages fill.
     """
     bits = [1 << bit for bit in range((COLUMNS - 1).bit_length())]
     along = [[0, b] for b in bits if b < VECTOR or b >= 4 * VECTOR]
