@@ -279,6 +279,39 @@ def test_the_compiler_is_told_what_a_gluon_launch_passes(capture, kernel, layer,
     assert launched.options == told.options
 
 
+def specialized(kernel, stages=4, warps=4, **formats):
+    return configuration(
+        kernel,
+        "sm_90",
+        stages,
+        num_warps=warps,
+        tile=Tile.parse("128x256x128+specialized"),
+        problem=asked(kernel, **formats),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w8", "moe_gemm_a8w8_blockscale"])
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("y_format", ["bf16", "fp32"])
+def test_a_stage_of_a_specialized_kernel_is_a_step_and_four_fit(kernel, layer, y_format):
+    launches = [
+        compiler.specialize(specialized(kernel, stages, layer=layer, y_format=y_format))
+        for stages in (3, 4, 5)
+    ]
+    assert_told_what_is_reported(launches[1])
+    three, four, five = (compiler.lds(launch).lds_bytes for launch in launches)
+    step = 128 * 128 + 256 * 128
+    # Barriers, scales of x and what aligns them come on top.
+    assert step <= four - three <= step + 1024
+    assert four <= targets.get("sm_90").lds_limit < five
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w8", "moe_gemm_a8w8_blockscale"])
+def test_a_specialized_kernel_is_asked_for_four_warps(kernel):
+    with pytest.raises(compiler.CompileError, match="num_warps: specialized takes 4"):
+        compiler.lds(compiler.specialize(specialized(kernel, warps=8)))
+
+
 def test_ttir_that_was_read_back_gives_the_same_lds(monkeypatch):
     launches = [
         compiler.specialize(configuration("moe_gemm_a8w4", stages=stages, async_copy=switch))

@@ -1,4 +1,4 @@
-"""Hopper's specialized kernel: what it gives, what it takes of shared memory, what it refuses.
+"""Hopper's specialized kernel: what it gives, what it loads, what it refuses.
 
 Triton's interpreter runs no Gluon, so the kernel is launched on a GPU alone.
 """
@@ -153,11 +153,6 @@ def test_layer_at_full_size(kernel, layer, device_generator):
     assert torch.equal(launched(case), y)
 
 
-def asked(kernel, layer=1, num_stages=4, num_warps=4, **of):
-    told = replace(problem(MODELS[kernel], layer, tp=1, m=2560), **of)
-    return Configuration(kernel, told, TILE, num_warps, num_stages, None, "sm_90")
-
-
 @on_hopper
 @every_kernel
 @pytest.mark.parametrize("layer", LAYERS)
@@ -192,38 +187,6 @@ def test_the_gpu_loads_the_lds_that_was_told(
     else:
         with pytest.raises(OutOfResources, match=f"Required: {told.lds_bytes}"):
             case.run(TILE, num_warps=4, num_stages=num_stages)
-
-
-@every_kernel
-@pytest.mark.parametrize("layer", LAYERS)
-def test_the_lds_is_that_of_the_full_compile_and_nothing_spills(kernel, layer):
-    launch = compiler.specialize(asked(kernel, layer))
-    quick = compiler.lds(launch)
-    full, resources = compiler.full(launch)
-    assert full.lds_bytes == quick.lds_bytes
-    if compiler.triton_version() == "3.6.0":
-        assert resources.spilled_registers == 0
-
-
-@every_kernel
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("y_format", ["bf16", "fp32"])
-def test_a_stage_holds_a_step_of_x_and_w_and_four_fit(kernel, layer, y_format):
-    def told(num_stages):
-        of = asked(kernel, layer, num_stages, y_format=y_format)
-        return compiler.lds(compiler.specialize(of)).lds_bytes
-
-    step = 128 * 128 + 256 * 128
-    # Barriers, x's scales and what aligns them.
-    for more in (told(3) - told(2), told(4) - told(3)):
-        assert step <= more <= step + 1024
-    assert told(4) <= get("sm_90").lds_limit < told(5)
-
-
-@every_kernel
-def test_the_compiler_is_asked_for_four_warps(kernel):
-    with pytest.raises(compiler.CompileError, match="num_warps: specialized takes 4"):
-        compiler.lds(compiler.specialize(asked(kernel, num_warps=8)))
 
 
 @pytest.fixture
