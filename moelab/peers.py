@@ -1,0 +1,404 @@
+"""Other people's grouped GEMMs, given the same numbers as ours.
+
+A peer computes what `Inputs.expected` says from the same quantized x and w. What it wants laid
+out otherwise is laid out beforehand where serving would do so once (weights and their scales,
+routing). What serving does for every batch, and our kernels do as they load and store (to
+gather rows, to pad each expert's, to scatter them back), is timed both ways: the product alone,
+and all that it takes to give y from x. `Launch.includes` says which.
+
+Peers know no SwiGLU, bias or routing weights of ours: both sides are given `plain` problems.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .specs import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .kernels.inputs import Inputs
+
+# What DeepGEMM's contiguous layout takes: no tile of it spans two experts.
+_DEEP_GEMM_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to ask a peer for y.
+
+    Args:
+        includes: what is timed besides the product, of ``gather``, ``padding`` and
+            ``scatter``, comma-separated; ``""`` is the product alone.
+        run: launches it and returns what it gives.
+        y: takes that into the order of `Inputs.expected`, rows of padding left out; not timed.
+    """
+
+    includes: str
+    run: Callable[[], Tensor]
+    y: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody's grouped GEMM.
+
+    Args:
+        name: what users type.
+        kernels: ours that it is compared with.
+        note: where it computes otherwise.
+        needs: why it can't run here, in words that say what to install; None where it can.
+        prepare: lays inputs out and gives the launches.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    note: str
+    needs: Callable[[], str | None]
+    prepare: Callable[[Inputs], list[Launch]]
+
+    def missing(self) -> str | None:
+        """Say what keeps it from running here; None if nothing does."""
+        return self.needs()
+
+    def launches(self, drawn: Inputs) -> list[Launch]:
+        """Lay inputs out for it.
+
+        Args:
+            drawn: of a `plain` problem.
+        Raises:
+            ValueError: SwiGLU, bias or routing weights are asked for.
+        """
+        if drawn.swiglu or drawn.bias is not None or drawn.weighted:
+            raise ValueError(
+                f"{self.name} knows no SwiGLU, bias or routing weights; give it a plain problem"
+            )
+        return self.prepare(drawn)
+
+
+def plain(problem: Problem) -> Problem:
+    """Leave out what peers don't compute: SwiGLU, bias and routing weights.
+
+    Layer 1 stays a gather and a product ``[rows, n]`` in the experts' order; layer 2 a product
+    of rows in the experts' order, scattered back to their tokens.
+    """
+    return replace(problem, swiglu=False, bias=False, weighted=False)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows lie for a peer: in the experts' order, each expert's padded.
+
+    Args:
+        source: ``[padded rows]`` int64, the row of x of each; row 0 where it is padding.
+        expert: ``[padded rows]`` int32; -1 where it is padding.
+        place: ``[rows]`` int64, where each row of y lies among them, in the order of
+            `Inputs.expected`.
+    """
+
+    source: Tensor
+    expert: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, drawn: Inputs, multiple: int = 1) -> Rows:
+        """Pad each expert's rows to a multiple of ``multiple``."""
+        import torch
+
+        routing = drawn.routing
+        count = routing.histogram.long()
+        padded = (count + multiple - 1) // multiple * multiple
+        shift = (padded.cumsum(0) - padded) - (count.cumsum(0) - count)
+        order = torch.arange(int(count.sum()), device=count.device)
+        owner = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+        place = order + shift[owner]
+        total = int(padded.sum())
+        expert = place.new_full((total,), -1, dtype=torch.int32)
+        expert[place] = owner.int()
+        source = place.new_zeros(total)
+        source[place] = routing.gather_index.long() if drawn.gather else order
+        if drawn.scatter:
+            place = torch.empty_like(place).index_copy_(0, routing.scatter_index.long(), place)
+        return cls(source, expert, place)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Copy rows of a matrix of any type: not every build indexes fp8."""
+    import torch
+
+    return x.view(torch.uint8).index_select(0, rows).view(x.dtype)
+
+
+def unfused(
+    drawn: Inputs,
+    x: Sequence[Tensor],
+    product: Callable[..., Tensor],
+    rows: Rows,
+    ready: Callable[..., tuple[Tensor, ...]] = lambda *x: x,
+) -> list[Launch]:
+    """Launch a product of rows in the experts' order alone, and with what it takes around it.
+
+    Args:
+        x: tensors whose rows are x's: values, and scales if each row has its own.
+        product: takes them with their rows laid out and gives y's rows so.
+        ready: does beforehand what the product would do to them first.
+    """
+    padding = len(rows.source) > len(rows.place)
+    laid_out = tuple(take(each, rows.source) for each in x)
+    at_hand = ready(*laid_out)
+    launches = [Launch("", lambda: product(*at_hand), lambda y: y.index_select(0, rows.place))]
+    around = {"gather": drawn.gather, "padding": padding, "scatter": drawn.scatter}
+    if not any(around.values()):
+        return launches
+
+    def whole() -> Tensor:
+        before = laid_out
+        if drawn.gather or padding:
+            before = tuple(take(each, rows.source) for each in x)
+        y = product(*before)
+        return y.index_select(0, rows.place) if drawn.scatter else y
+
+    included = ", ".join(name for name, is_so in around.items() if is_so)
+    in_order = (lambda y: y) if drawn.scatter else launches[0].y
+    return [*launches, Launch(included, whole, in_order)]
+
+
+# PyTorch.
+
+
+def _torch_needs(name: str) -> str | None:
+    import torch
+
+    if not hasattr(torch, name):
+        return f"torch.{name} is not in PyTorch {torch.__version__}: install a later one"
+    return None
+
+
+def _torch_fp8(drawn: Inputs) -> list[Launch]:
+    import torch
+
+    rows = Rows.of(drawn)
+    x_scale = drawn.x_scale.expand(len(rows.source)).contiguous()
+    w_scale = drawn.w_scale[:, None].expand(drawn.w.shape[:2]).contiguous()
+    w, ends = drawn.w.mT, drawn.routing.expert_end
+    fast = drawn.own.get("fast_accum", False)
+
+    def product(x: Tensor) -> Tensor:
+        return torch._scaled_grouped_mm(
+            *(x, w, x_scale, w_scale),
+            offs=ends,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+        )
+
+    return unfused(drawn, (drawn.x,), product, rows)
+
+
+def _torch_bf16(drawn: Inputs) -> list[Launch]:
+    import torch
+
+    from .kernels import formats
+
+    x = _x_in_bf16(drawn)
+    if drawn.x_scale.dtype == torch.float32 and drawn.x_scale.dim() == 1:
+        x = (x.float() * drawn.x_scale).bfloat16()
+    w = torch.empty(*drawn.w.shape[:2], drawn.k, dtype=torch.bfloat16, device=drawn.w.device)
+    # One expert at a time: fp32 takes twice as much again.
+    for expert, (values, scale) in enumerate(zip(drawn.w, drawn.w_scale, strict=True)):
+        if values.dtype == torch.uint8:
+            w[expert] = formats.dequantize_mxfp4(values, scale, drawn.k)
+        else:
+            w[expert] = formats.dequantize_fp8_blocks(values, scale, formats.FP8_BLOCK)
+    w, ends = w.mT, drawn.routing.expert_end
+    return unfused(drawn, (x,), lambda x: torch._grouped_mm(x, w, offs=ends), Rows.of(drawn))
+
+
+def _x_in_bf16(drawn: Inputs) -> Tensor:
+    """Widen x with the scales of groups, exactly; one scale for all of it is left out."""
+    import torch
+
+    from .kernels import formats
+
+    if drawn.x.dtype == torch.uint8:
+        return formats.dequantize_mxfp4(drawn.x, drawn.x_scale, drawn.k).bfloat16()
+    if drawn.x_scale.dtype == torch.uint8:
+        return formats.dequantize_mxfp8(drawn.x, drawn.x_scale).bfloat16()
+    if drawn.x_scale.dim() == 2:
+        return formats.dequantize_fp8_blocks(drawn.x, drawn.x_scale, rows=1).bfloat16()
+    return drawn.x.bfloat16()
+
+
+# triton_kernels.
+
+
+def _triton_kernels_needs() -> str | None:
+    return _package_needs("triton_kernels", "tokenspeed-triton-kernels==1.0.0.post20260510")
+
+
+def _package_needs(module: str, package: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return f"no module {module}: pip install --no-deps {package}"
+    return None
+
+
+@functools.cache
+def _triton_kernels() -> Any:
+    """Import it; Triton 3.6 lacks three names that it asks for."""
+    import triton
+    from triton.language import target_info
+    from triton.runtime.jit import JITFunction
+
+    def is_hip_gfx1250() -> bool:
+        return False
+
+    if not hasattr(target_info, "is_hip_gfx1250"):
+        target_info.is_hip_gfx1250 = triton.constexpr_function(is_hip_gfx1250)
+    # Of tracebacks alone.
+    for name in ("def_file_line_number", "def_file_col_number"):
+        if not hasattr(JITFunction, name):
+            setattr(JITFunction, name, 1)
+    import triton_kernels.matmul
+    import triton_kernels.tensor
+
+    return triton_kernels
+
+
+def _fused(drawn: Inputs, x: Tensor, w: Any, precision: Any) -> list[Launch]:
+    """Launch `triton_kernels.matmul`, which gathers and scatters if it is told to."""
+    library = _triton_kernels()
+    routing = drawn.routing
+    rows = Rows.of(drawn)
+    ragged = library.tensor.make_ragged_tensor_metadata(routing.histogram, len(rows.source))
+    multiply = functools.partial(
+        library.matmul.matmul, b=w, bias=None, a_ragged_metadata=ragged, precision_config=precision
+    )
+    laid_out = take(x, rows.source)
+    launches = [
+        Launch("", functools.partial(multiply, laid_out), lambda y: y.index_select(0, rows.place))
+    ]
+    fused = {}
+    if drawn.gather:
+        fused["gather_indx"] = routing.gather_index
+    if drawn.scatter:
+        fused["scatter_indx"] = routing.scatter_index
+    if fused:
+        included = ", ".join(name.removesuffix("_indx") for name in fused)
+        run = functools.partial(multiply, x if drawn.gather else laid_out, **fused)
+        launches.append(Launch(included, run, lambda y: y))
+    return launches
+
+
+def _triton_kernels_fp8(drawn: Inputs) -> list[Launch]:
+    import torch
+
+    library = _triton_kernels().matmul
+    context = library.FlexCtx(
+        lhs_data=library.InFlexData(dtype=drawn.x.dtype, scale=drawn.x_scale),
+        rhs_data=library.InFlexData(dtype=drawn.w.dtype, scale=drawn.w_scale),
+    )
+    precision = library.PrecisionConfig(flex_ctx=context, out_dtype=torch.bfloat16)
+    return _fused(drawn, drawn.x, drawn.w.mT, precision)
+
+
+def _triton_kernels_mxfp4(drawn: Inputs) -> list[Launch]:
+    import torch
+
+    library = _triton_kernels()
+    from triton_kernels.tensor_details import layout
+
+    tensor = library.tensor
+    w = tensor.convert_layout(
+        tensor.wrap_torch_tensor(drawn.w.mT, dtype=tensor.FP4),
+        layout.make_default_matmul_mxfp4_w_layout(mx_axis=-2),
+    )
+    w_scale = tensor.convert_layout(
+        tensor.wrap_torch_tensor(drawn.w_scale.mT),
+        layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=-2),
+    )
+    one = drawn.x_scale if drawn.x_scale.dtype == torch.float32 else None
+    precision = library.matmul.PrecisionConfig(
+        flex_ctx=library.matmul.FlexCtx(lhs_data=library.matmul.InFlexData(scale=one)),
+        b_mx_scale=w_scale,
+        b_microblock_size=32,
+        out_dtype=torch.bfloat16,
+    )
+    return _fused(drawn, _x_in_bf16(drawn), w, precision)
+
+
+# DeepGEMM.
+
+
+def _deep_gemm_needs() -> str | None:
+    if lacks := _package_needs("deep_gemm", "tokenspeed-deepgemm==2.5.0.post20260604"):
+        return lacks
+    if not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
+        return "DeepGEMM compiles with nvcc: put it on the PATH, or set CUDA_HOME"
+    return None
+
+
+def _deep_gemm(drawn: Inputs) -> list[Launch]:
+    import deep_gemm
+    import torch
+
+    rows = Rows.of(drawn, _DEEP_GEMM_ROWS)
+
+    def product(x: Tensor, x_scale: Tensor) -> Tensor:
+        y = torch.empty(len(x), drawn.n_out, dtype=torch.bfloat16, device=x.device)
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+            (x, x_scale), (drawn.w, drawn.w_scale), y, rows.expert
+        )
+        return y
+
+    def ready(x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+        return x, deep_gemm.get_mn_major_tma_aligned_tensor(x_scale)
+
+    return unfused(drawn, (drawn.x, drawn.x_scale), product, rows, ready)
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(
+            "torch",
+            ("moe_gemm_a8w8",),
+            "torch._scaled_grouped_mm",
+            functools.partial(_torch_needs, "_scaled_grouped_mm"),
+            _torch_fp8,
+        ),
+        Peer(
+            "torch_bf16",
+            ("moe_gemm_a8w8_blockscale", "moe_gemm_a8w4", "moe_gemm_a4w4"),
+            "torch._grouped_mm, x and w in bf16",
+            functools.partial(_torch_needs, "_grouped_mm"),
+            _torch_bf16,
+        ),
+        Peer(
+            "triton_kernels",
+            ("moe_gemm_a8w8",),
+            "sums stay in the tensor cores, as with fast_accum",
+            _triton_kernels_needs,
+            _triton_kernels_fp8,
+        ),
+        Peer(
+            "triton_kernels_bf16",
+            ("moe_gemm_a8w4", "moe_gemm_a4w4"),
+            "x in bf16",
+            _triton_kernels_needs,
+            _triton_kernels_mxfp4,
+        ),
+        Peer(
+            "deep_gemm",
+            ("moe_gemm_a8w8_blockscale",),
+            "each expert's rows padded to 128",
+            _deep_gemm_needs,
+            _deep_gemm,
+        ),
+    )
+}
