@@ -34,9 +34,10 @@ test-all: env
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 	$(MAKE) versions
 
-# The kernels on the GPU at hand, at full size.
+# The kernels on the GPU at hand, at full size; then what measures them.
 test-gpu: env
 	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest -m gpu --ignore tests/kernels tests
 
 # Every kernel under CUDA's compute-sanitizer, which stops at a bad access. PyTorch's cache
 # would hide reads past a tensor's end.

@@ -1,8 +1,9 @@
 """What does each further stage bring and cost on the GPU at hand?
 
 Every MoE GEMM with the models it is served with, both layers, TP 1 and 4: the tiles that
-the published rules choose, from one stage to as many as fit and one beyond. Writes the rows
-of `bench.measure` as Parquet, with their samples and what made them.
+the published rules choose, from one stage to as many as fit and one beyond; and one layer
+with many tiles, its sums left to the matrix units, which no rule was made for. Writes the
+rows of `bench.measure` as Parquet, with their samples and what made them.
 """
 
 import argparse
@@ -13,6 +14,16 @@ import pandas as pd
 
 from moelab import bench, plan, problems, records, sweep
 
+# Of Qwen3-235B's layer 1 at M 8704.
+TILES = {
+    4: "64x128x128,64x128x128+tma,64x256x128+tma,128x128x128+tma",
+    8: (
+        "64x128x256,64x256x128,128x64x128,128x128x64,128x128x128,128x128x256,128x256x64,"
+        "128x256x128,128x256x128+tma,128x256x128+tma+tails2,256x128x128,256x128x128+tma"
+    ),
+}
+
+STAGES = tuple(range(1, 9))
 MODELS = "Qwen3-235B-A22B,Llama4 Maverick,GPT-OSS 120B,DeepSeek-R1"
 
 
@@ -22,7 +33,7 @@ def main() -> int:
     parser.add_argument("--store", default="rows")
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--tp", default="1,4")
-    parser.add_argument("--m", default="512,2560,8704,15872")
+    parser.add_argument("--m", default="all")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
@@ -42,8 +53,19 @@ def main() -> int:
                     layers="all",
                     tp=given.tp,
                     m=given.m,
-                    stages=tuple(range(1, 9)),
+                    stages=STAGES,
                 )
+    for warps, tiles in TILES.items():
+        asked += plan.grid(
+            kernels="moe_gemm_a8w8",
+            targets=target,
+            models="Qwen3-235B-A22B",
+            m=8704,
+            tiles=tiles,
+            warps=warps,
+            stages=STAGES,
+            fast_accum=True,
+        )
     status = sweep.run(asked, given.store)["status"]
     fits = dict(zip(asked, status == "ok", strict=True))
     # To as many as fit, and one beyond.

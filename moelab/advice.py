@@ -21,8 +21,6 @@ from .specs import Target, Tile
 if TYPE_CHECKING:
     import pandas as pd
 
-# Programs walk this many row tiles before the next columns (kernels.launch.GROUP_M).
-_GROUP_M = 4
 
 # Both from one H100 and four stage counts of one tile; `expected_cost` has the figures.
 # Bandwidth of the cache that programs share, over that of memory.
@@ -149,7 +147,7 @@ def expected_cost(row: Mapping[str, Any]) -> float:
         count = row_tiles * math.ceil(columns / block_n) * row["split_k"]
         programs += count
         work += count * (steps * step + (fill + store) / resident)
-        passes = max(1.0, row_tiles / experts / _GROUP_M)
+        passes = max(1.0, row_tiles / experts / Tile.group_m)
         traffic += row["k"] * (rows * x_bytes + experts * columns * w_bytes * passes)
     waves = math.ceil(programs / units)
     return max(waves * work / programs, traffic / memory)
@@ -371,7 +369,7 @@ def verdict(ranked: pd.DataFrame, base: Mapping[str, Any]) -> str:
         base: its row.
     """
     known = not _missing(base["split_k"])
-    tile = f" {Tile(*(base[name] for name in _BLOCKS))}" if known else _constants(base["args"])
+    tile = f" {tables.tile_of(base)}" if known else _constants(base["args"])
     stages = _counted(base["num_stages"], "stage")
     what = f"{base['kernel']}{tile}, {_counted(base['num_warps'], 'warp')}, {stages}"
     if not _missing(base["async_copy"]):

@@ -1,9 +1,9 @@
-"""Time configurations on the GPU at hand: the one place that times anything.
+"""Time configurations on the GPU at hand.
 
 What can't fit is never launched. What is launched must load the LDS that was told and give
-the reference's result before it is timed. Configurations of a problem take turns in random
-order, round after round, so that a drift of the clocks meets all of them; every sample
-follows a flush of the L2.
+the reference's result before it is timed, in turns with the others of its problem (`timing`).
+Where both layers of a model are asked, they are timed apart and one after the other. What
+fails on the GPU is a row that says why.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import inspect
 import json
 import random
 import secrets
-import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import compiler, kernels, problems, records, sweep, targets, workloads
+from . import compiler, kernels, problems, records, sensors, sweep, targets, timing, workloads
 from .specs import Configuration, Problem, Target
+from .timing import OUT_OF_MEMORY, ContextLost, Launch, MeasureError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,22 +36,18 @@ if TYPE_CHECKING:
 ROUNDS = 12
 REPETITIONS = 10
 
-# Wrong results are off by whole products. bf16 rounds to 2^-8 of an element; another order
-# of additions leaves 2e-3 of the largest (tests/kernels/grouped_gemm.py, `tolerance`).
-TOLERANCE = 2**-8 + 2e-3
-
-# Several times the L2 of every target (H200: 50 MiB, MI355X: 256 MiB with its cache), and
-# long enough to write that the CPU has the next launch ready before the GPU asks for it.
-_FLUSH_BYTES = 2**30
-
 # Of a roof: products of this size fill every chip.
 _ROOF_SIZE = 8192
 
-_WARM_UP = 5
 
+@dataclass(frozen=True)
+class _How:
+    """How samples are taken; see `measure`."""
 
-class MeasureError(Exception):
-    """Nothing can be measured here; the message says what is missing."""
+    workload: str
+    seed: int
+    rounds: int
+    repetitions: int
 
 
 @dataclass(frozen=True)
@@ -121,41 +117,38 @@ def measure(
     here = gpu()
     questions = [sweep.settled(configuration) for configuration in configurations]
     _check(questions, here)
+    how = _How(workload, seed, rounds, repetitions)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     said = {"mode": "measured", "gpu": here.name, "workload": f"{workload}, {seed}", "run": run}
     rows = {question: sweep.asked_row(question, "measured") | said for question in questions}
-    by_problem: dict[tuple[str, Problem], list[Configuration]] = defaultdict(list)
-    for question in rows:
-        by_problem[question.kernel, question.problem].append(question)
-    # What can't fit is not compiled to the end either.
-    told = sweep.run(list(rows), store, jobs=jobs, progress=progress).to_dict("records")
-    answers = {row["compile_key"]: sweep.answer_of(row) for row in told}
     with tempfile.TemporaryDirectory(prefix="moelab-") as cache:
-        of_key = {
-            rows[question]["compile_key"]: question
-            for question in rows
-            if answers[rows[question]["compile_key"]]["status"] == "ok"
-        }
-        with sweep.progress_bar(len(of_key), len(of_key), progress) as bar:
-            for key, answer in sweep.compile_all(
-                of_key, "full", jobs or sweep.cores(), sweep.TIMEOUT_S, Path(cache)
-            ):
-                answers[key] = answer
-                bar.update()
+        answers = _compiled(rows, store, Path(cache), jobs, progress)
+        for row in rows.values():
+            row |= answers[row["compile_key"]]
         roofs = measured_roofs(rounds)
         left = sweep.progress_bar(len(rows), len(rows), progress, "measure")
         with records.Journal(Path(store)) as journal, compiler.cache_at(Path(cache)), left as bar:
-            drawn: Inputs | None = None
-            for of_problem in by_problem.values():
-                for question in of_problem:
-                    rows[question] |= answers[rows[question]["compile_key"]]
-                fitting = [q for q in of_problem if rows[q]["status"] == "ok"]
-                drawn, timed = _timed(fitting, rows, drawn, workload, seed, rounds, repetitions)
-                for question in of_problem:
-                    rows[question] |= timed.get(question, {})
-                    rows[question] |= _rates(rows[question], question, roofs)
-                    journal.append(rows[question])
-                bar.update(len(of_problem))
+            drawn: dict[int, Inputs] = {}
+            for unit in _units(rows):
+                fitting = [of for of in unit if rows[of]["status"] == "ok"]
+                # What has another shape must not take memory from what comes.
+                shapes = {(of.kernel, replace(of.problem, m=0)) for of in fitting}
+                drawn = {layer: d for layer, d in drawn.items() if d.drawn_for in shapes}
+                try:
+                    drawn, found = _measured(fitting, rows, drawn, how)
+                except ContextLost as lost:
+                    for of in unit:
+                        if of == lost.of:
+                            journal.append(rows[of] | lost.row)
+                    raise MeasureError(
+                        f"{lost}. The rows that were finished are in {store}; measure the others "
+                        "without this configuration"
+                    ) from None
+                for of in unit:
+                    rows[of] |= found.get(of, {})
+                    rows[of] |= _rates(rows[of], of, roofs)
+                    journal.append(rows[of])
+                bar.update(len(unit))
     return records.frame(rows[question] for question in questions)
 
 
@@ -176,33 +169,181 @@ def _check(questions: Sequence[Configuration], here: Gpu) -> None:
             )
 
 
+def _compiled(
+    rows: Mapping[Configuration, Mapping[str, Any]],
+    store: Path | str,
+    cache: Path,
+    jobs: int | None,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """Tell the LDS of every question, and compile to the end what fits.
+
+    Returns:
+        a row's second half by compile key.
+    """
+    # What can't fit is not compiled to the end either.
+    told = sweep.run(list(rows), store, jobs=jobs, progress=progress).to_dict("records")
+    answers = {row["compile_key"]: sweep.answer_of(row) for row in told}
+    fitting = {
+        row["compile_key"]: of
+        for of, row in rows.items()
+        if answers[row["compile_key"]]["status"] == "ok"
+    }
+    with sweep.progress_bar(len(fitting), len(fitting), progress) as bar:
+        for key, answer in sweep.compile_all(
+            fitting, "full", jobs or sweep.cores(), sweep.TIMEOUT_S, cache
+        ):
+            # A compiler that dies later leaves what was told of the LDS.
+            answers[key] |= answer
+            bar.update()
+    return answers
+
+
+def _by_problem(questions: Iterable[Configuration]) -> list[list[Configuration]]:
+    """Part questions by kernel and problem, in order of first appearance."""
+    found: dict[tuple[str, Problem], list[Configuration]] = defaultdict(list)
+    for of in questions:
+        found[of.kernel, of.problem].append(of)
+    return list(found.values())
+
+
+def _units(questions: Iterable[Configuration]) -> list[list[Configuration]]:
+    """Put the two layers of a model together where both are asked; any other problem is alone."""
+    found: dict[tuple[str, Problem], list[list[Configuration]]] = defaultdict(list)
+    for part in _by_problem(questions):
+        # All that a layer decides left out.
+        shared = replace(
+            part[0].problem,
+            layer=0,
+            n=0,
+            k=0,
+            gather=False,
+            swiglu=False,
+            weighted=False,
+            scatter=False,
+        )
+        found[part[0].kernel, shared].append(part)
+    units = []
+    for parts in found.values():
+        both = sorted(part[0].problem.layer for part in parts) == [1, 2]
+        units += [[of for part in parts for of in part]] if both else parts
+    return units
+
+
+def _measured(
+    fitting: Sequence[Configuration],
+    rows: Mapping[Configuration, Mapping[str, Any]],
+    before: dict[int, Inputs],
+    how: _How,
+) -> tuple[dict[int, Inputs], dict[Configuration, dict[str, Any]]]:
+    """Measure a unit; where its two layers are too large together, one after the other.
+
+    Args:
+        before: inputs by layer, whose weights will do if their shape does; emptied where
+            memory is short.
+    Returns:
+        this unit's inputs by layer, and what each row gains.
+    Raises:
+        ContextLost: nothing can be launched any more.
+    """
+    drawn, found = _timed(fitting, rows, before, how)
+    parts = _by_problem(fitting)
+    if len(parts) > 1 and any(row.get("status") == OUT_OF_MEMORY for row in found.values()):
+        drawn = {}
+        before.clear()
+        for part in parts:
+            found |= _timed(part, rows, before, how)[1]
+    return drawn, found
+
+
 def _timed(
     fitting: Sequence[Configuration],
     rows: Mapping[Configuration, Mapping[str, Any]],
-    before: Inputs | None,
-    workload: str,
-    seed: int,
-    rounds: int,
-    repetitions: int,
-) -> tuple[Inputs | None, dict[Configuration, dict[str, Any]]]:
-    """Launch, check and time one problem's configurations.
+    before: Mapping[int, Inputs],
+    how: _How,
+) -> tuple[dict[int, Inputs], dict[Configuration, dict[str, Any]]]:
+    """Launch, check and time configurations of one problem or of both layers; see `_measured`."""
+    import torch
+
+    drawn: dict[int, Inputs] = {}
+    launches: dict[Configuration, Launch] = {}
+    found: dict[Configuration, dict[str, Any]] = {}
+    for of_problem in _by_problem(fitting):
+        layer = of_problem[0].problem.layer
+        try:
+            drawn[layer], ready, said = _checked(of_problem, rows, before.get(layer), how)
+        except torch.OutOfMemoryError as error:
+            return {}, dict.fromkeys(fitting, timing.failure(error, of_problem[0]))
+        launches |= ready
+        found |= said
+    order = random.Random(how.seed)
+    for of, gained in timing.in_turns(launches, how.rounds, how.repetitions, order).items():
+        found[of] |= gained
+    pairs = _pairs({of: row["time_us"] for of, row in found.items() if "time_us" in row})
+    together = {
+        (first, second): functools.partial(_both, launches[first], launches[second])
+        for first, second in pairs.values()
+    }
+    both = timing.in_turns(together, how.rounds, how.repetitions, order)
+    for of, pair in pairs.items():
+        found[of]["both_layers_us"] = both[pair].get("time_us")
+    for of, row in found.items():
+        row["made_by"] = json.dumps(_made_by() | {"kernel": _source_hash(of.kernel)})
+    return drawn, found
+
+
+def _both(first: Launch, second: Launch) -> None:
+    first()
+    second()
+
+
+def _pairs(
+    times: Mapping[Configuration, float],
+) -> dict[Configuration, tuple[Configuration, Configuration]]:
+    """Find each launch its partner of the other layer: of as many stages, the fastest.
 
     Args:
-        before: the inputs of the problem before, whose weights will do if their shape does.
+        times: microseconds of each launch alone.
     Returns:
-        this problem's inputs, and what each row gains.
+        layer 1 and layer 2 for each launch that has a partner.
+    """
+    pairs = {}
+    for of in times:
+        others = [
+            other
+            for other in times
+            if (other.num_stages, other.problem.layer) == (of.num_stages, 3 - of.problem.layer)
+        ]
+        if others:
+            both = (of, min(others, key=times.__getitem__))
+            pairs[of] = both if of.problem.layer == 1 else both[::-1]
+    return pairs
+
+
+def _checked(
+    of_problem: Sequence[Configuration],
+    rows: Mapping[Configuration, Mapping[str, Any]],
+    before: Inputs | None,
+    how: _How,
+) -> tuple[Inputs, dict[Configuration, Launch], dict[Configuration, dict[str, Any]]]:
+    """Draw a problem's inputs and launch each of its configurations once.
+
+    Returns:
+        the inputs, the launches that gave the reference's result, and what each row gains.
+    Raises:
+        torch.OutOfMemoryError: inputs or reference don't fit the GPU's memory.
     """
     import torch
 
     from .kernels import inputs
     from .kernels.router import route
 
-    if not fitting:
-        return before, {}
-    first = fitting[0]
+    first = of_problem[0]
     problem, target = first.problem, targets.get(first.target)
-    generator = torch.Generator("cuda").manual_seed(seed)
-    expert, weight = workloads.draw(workload, problem.m, problem.experts, problem.top_k, generator)
+    generator = torch.Generator("cuda").manual_seed(how.seed)
+    expert, weight = workloads.draw(
+        how.workload, problem.m, problem.experts, problem.top_k, generator
+    )
     fp8 = torch.float8_e4m3fnuz if target.fp8 == "fp8e4b8" else torch.float8_e4m3fn
     drawn = inputs.of_problem(
         first.kernel,
@@ -215,12 +356,11 @@ def _timed(
         like=before,
     )
     expected = drawn.expected()
-    launches: dict[Configuration, Callable[[], Any]] = {}
+    launches: dict[Configuration, Launch] = {}
     found: dict[Configuration, dict[str, Any]] = {}
-    for block_m in dict.fromkeys(of.tile.block_m for of in fitting):
-        routing = route(expert, weight, problem.experts, block_m)
-        routed = replace(drawn, routing=routing)
-        for of in fitting:
+    for block_m in dict.fromkeys(of.tile.block_m for of in of_problem):
+        routed = replace(drawn, routing=route(expert, weight, problem.experts, block_m))
+        for of in of_problem:
             if of.tile.block_m == block_m:
                 launch = functools.partial(
                     routed.run,
@@ -229,21 +369,17 @@ def _timed(
                     num_stages=of.num_stages,
                     num_xcds=target.xcds,
                 )
-                found[of] = _checked(of, launch, expected, rows[of]["lds_bytes"], target)
+                try:
+                    found[of] = _held_against(of, launch, expected, rows[of]["lds_bytes"], target)
+                except Exception as error:
+                    found[of] = timing.failure(error, of)
                 if "status" not in found[of]:
                     launches[of] = launch
-    # Of float64, as large as y four times over.
-    del expected
-    samples, state = _rounds(launches, rounds, repetitions, random.Random(seed))
-    for of in launches:
-        found[of] |= {"samples_us": json.dumps(samples[of])} | interval(samples[of]) | state
-    source = inspect.getsource(kernels.load(first.kernel))
-    made_by = _made_by() | {"kernel": hashlib.sha256(source.encode()).hexdigest()[:12]}
-    return drawn, {of: gained | {"made_by": json.dumps(made_by)} for of, gained in found.items()}
+    return drawn, launches, found
 
 
-def _checked(
-    of: Configuration, launch: Callable[[], Tensor], expected: Tensor, told: int, target: Target
+def _held_against(
+    of: Configuration, launch: Launch, expected: Tensor, told: int, target: Target
 ) -> dict[str, Any]:
     """Launch once: the LDS that was told must be loaded, and the result be the reference's."""
     source = kernels.load(of.kernel).source(of.problem, of.tile, target)
@@ -255,10 +391,24 @@ def _checked(
     if lds != told:
         return found | {"status": "lds_differs", "reason": f"told {told:,}, loaded {lds:,} bytes"}
     # NaN is not at most anything.
-    if not error <= TOLERANCE:
-        reason = f"off by {error:.3g} of the largest element; {TOLERANCE:.3g} is allowed"
+    if not error <= (allowed := tolerance(of.problem)):
+        reason = f"off by {error:.3g} of the largest element; {allowed:.3g} is allowed"
         return found | {"status": "wrong_result", "reason": reason}
     return found
+
+
+def tolerance(problem: Problem) -> float:
+    """Bound the error of a right y, as a share of the reference's largest element.
+
+    A wrong result is off by whole products. bf16 rounds to 2^-8 of an element; another order
+    of additions leaves 2e-3 of the largest. Where Hopper's tensor cores keep the sums
+    (``fast_accum``), each of the k / 32 additions cuts off 2^-14: their error grows with k.
+    tests/kernels/grouped_gemm.py derives both.
+    """
+    added = 2e-3
+    if problem.fast_accum:
+        added = max(added, problem.k / 32 * 2**-14)
+    return 2**-8 + added
 
 
 @contextlib.contextmanager
@@ -277,85 +427,6 @@ def _loaded(fn: Any) -> Iterator[list[Any]]:
         del fn.run
 
 
-@functools.cache
-def _flush() -> Tensor:
-    import torch
-
-    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-
-def _samples(launch: Callable[[], Any], count: int) -> list[float]:
-    """Time launches one by one, each after a flush of the L2, in microseconds."""
-    import torch
-
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, stop in events:
-        _flush().zero_()
-        start.record()
-        launch()
-        stop.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) * 1e3 for start, stop in events]
-
-
-def _rounds(
-    launches: Mapping[Any, Callable[[], Any]], rounds: int, repetitions: int, order: random.Random
-) -> tuple[dict[Any, list[list[float]]], dict[str, Any]]:
-    """Let launches take turns; returns each one's samples by round, and the device's state."""
-    samples: dict[Any, list[list[float]]] = {of: [] for of in launches}
-    clocks, temperatures = [], []
-    for launch in launches.values():
-        _samples(launch, _WARM_UP)
-    for _ in range(rounds):
-        turns = list(launches)
-        order.shuffle(turns)
-        for of in turns:
-            samples[of].append([round(us, 2) for us in _samples(launches[of], repetitions)])
-        clocks.append(_reading("clock_rate"))
-        temperatures.append(_reading("temperature"))
-    known, warm = (list(filter(None, readings)) for readings in (clocks, temperatures))
-    state = {
-        "clock_mhz": statistics.median(known) if known else None,
-        "temperature_c": max(warm, default=None),
-    }
-    return samples, state
-
-
-def _reading(name: str) -> float | None:
-    """Read a sensor; PyTorch needs nvidia-ml-py, or amdsmi, for it."""
-    import torch
-
-    try:
-        return float(getattr(torch.cuda, name)())
-    except (ImportError, RuntimeError, AttributeError):
-        return None
-
-
-def interval(samples: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Take the median of rounds' medians, and its 95% interval.
-
-    Repetitions within a round are not independent: a round is the sample. The interval is
-    Student's, of the logarithms of rounds' medians.
-
-    Args:
-        samples: microseconds, a list for each round.
-
-    >>> {name: round(us, 1) for name, us in interval([[10, 11], [10, 12], [11, 11]]).items()}
-    {'time_us': 11.0, 'time_low_us': 10.1, 'time_high_us': 11.6}
-    """
-    import numpy as np
-    from scipy import stats
-
-    medians = np.log([statistics.median(of_round) for of_round in samples])
-    margin = stats.t.ppf(0.975, len(medians) - 1) * stats.sem(medians)
-    middle = float(medians.mean())
-    return {
-        "time_us": float(np.exp(np.median(medians))),
-        "time_low_us": float(np.exp(middle - margin)),
-        "time_high_us": float(np.exp(middle + margin)),
-    }
-
-
 @dataclass(frozen=True)
 class Roofs:
     """What the device does at most, measured: dense products by type, and copying.
@@ -370,29 +441,36 @@ class Roofs:
 
 
 def measured_roofs(rounds: int = ROUNDS) -> Roofs:
-    """Measure the device's ceilings: 8192^3 products through PyTorch, and a copy of 2 GiB."""
+    """Measure the device's ceilings: 8192^3 products through PyTorch, and a copy of 2 GiB.
+
+    Raises:
+        MeasureError: the device does not do them; it takes 4 GiB of its memory.
+    """
     import torch
 
-    launches: dict[str, Callable[[], Any]] = {}
-    bf16 = torch.randn(2, _ROOF_SIZE, _ROOF_SIZE, device="cuda", dtype=torch.bfloat16)
-    launches["bf16"] = lambda: bf16[0] @ bf16[1].T
-    fnuz = gpu().target.fp8 == "fp8e4b8"
-    fp8 = bf16.to(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
-    one = torch.ones((), device="cuda")
-    launches["fp8"] = lambda: torch._scaled_mm(
-        fp8[0], fp8[1].T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    launches["copy"] = lambda: target.copy_(source)
-    for name in list(launches):
-        # Older chips multiply no fp8.
-        with contextlib.suppress(RuntimeError):
-            launches[name]()
-            continue
-        del launches[name]
-    samples, _ = _rounds(launches, rounds, 3, random.Random(0))
-    times = {name: interval(of)["time_us"] for name, of in samples.items()}
+    try:
+        bf16 = torch.randn(2, _ROOF_SIZE, _ROOF_SIZE, device="cuda", dtype=torch.bfloat16)
+        fnuz = gpu().target.fp8 == "fp8e4b8"
+        fp8 = bf16.to(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+        target = torch.empty_like(source)
+    except torch.OutOfMemoryError as error:
+        raise MeasureError(f"the device's ceilings were not measured: {error}") from None
+    scales = {"scale_a": one, "scale_b": one}
+    launches: dict[str, Launch] = {
+        "bf16": lambda: bf16[0] @ bf16[1].T,
+        "fp8": lambda: torch._scaled_mm(
+            fp8[0], fp8[1].T, **scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+        "copy": lambda: target.copy_(source),
+    }
+    gained = timing.in_turns(launches, rounds, 3, random.Random(0))
+    # Older chips multiply no fp8.
+    times = {name: row["time_us"] for name, row in gained.items() if "time_us" in row}
+    for name in ("bf16", "copy"):
+        if name not in times:
+            raise MeasureError(f"the device's ceilings were not measured: {gained[name]['reason']}")
     copied = 2 * source.numel() / times.pop("copy") / 1e6
     return Roofs({name: 2 * _ROOF_SIZE**3 / us / 1e6 for name, us in times.items()}, copied)
 
@@ -413,21 +491,19 @@ def _rates(row: Mapping[str, Any], of: Configuration, roofs: Roofs) -> dict[str,
     }
 
 
-def _driver() -> str | None:
-    """Read the kernel driver's version, where the system shows it."""
-    for path in ("/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
-        with contextlib.suppress(OSError):
-            return Path(path).read_text().strip()
-    return None
-
-
 @functools.cache
 def _made_by() -> dict[str, Any]:
     import torch
 
     return {
-        "driver": _driver(),
+        "driver": sensors.driver(),
         "torch": torch.__version__,
         "triton": compiler.triton_version(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
+
+
+@functools.cache
+def _source_hash(kernel: str) -> str:
+    source = inspect.getsource(kernels.load(kernel))
+    return hashlib.sha256(source.encode()).hexdigest()[:12]

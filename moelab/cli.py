@@ -57,7 +57,7 @@ def app() -> None:
 @app.command()
 @click.option("--kernel", required=True, help="Kernels, comma-separated, or all.")
 @click.option("--target", required=True, help="Targets, comma-separated; see `moelab targets`.")
-@click.option("--tile", help="Tiles MxNxK[/SPLIT_K]; if not given, the published rules'.")
+@click.option("--tile", help="Tiles MxNxK[/SPLIT_K][+WAY...]; if not given, the published rules'.")
 @click.option("--warps", help="Warps per workgroup, with --tile.")
 @click.option("--stages", default="1,2", help="Stage counts.")
 @click.option("--async-copy", default="default", help="on, off, both, or as the compiler has it.")
@@ -68,6 +68,7 @@ def app() -> None:
 @click.option("--x-format", help="Of x, where the kernel takes several: fp8, mxfp8.")
 @click.option("--y-format", default="bf16", help="Of y: bf16, fp32, fp8, mxfp8.")
 @click.option("--scale-layout", default="rows", help="Of mx weight scales: rows, cdna4.")
+@click.option("--fast-accum", is_flag=True, help="Leave fp8 sums to the matrix units (Hopper).")
 @_full
 @_map
 @click.option(
@@ -94,6 +95,7 @@ def sweep(
     x_format: str | None,
     y_format: str,
     scale_layout: str,
+    fast_accum: bool,
     full: bool,
     maps: bool,
     export: Path | None,
@@ -126,6 +128,7 @@ def sweep(
             x_format=x_format,
             y_format=y_format,
             scale_layout=scale_layout,
+            fast_accum=fast_accum,
         )
         rows, told = _asked(configurations, tritons, store, full, maps, jobs)
         if export is not None:
@@ -227,7 +230,7 @@ def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
 
 @_as_sweep_has(
     *("kernel", "target", "tile", "warps", "async_copy", "x_format", "y_format"),
-    *("scale_layout", "store", "jobs"),
+    *("scale_layout", "fast_accum", "store", "jobs"),
 )
 @app.command()
 @click.option("--stages", help="Stage counts of what is asked about; if not given, 2.")
@@ -315,7 +318,9 @@ def advise(
             _propose(base, ranked, as_json)
 
 
-_OF_A_MODEL = ("tile", "model", "layer", "tp", "m", "x_format", "y_format", "scale_layout")
+_OF_A_MODEL = (
+    *("tile", "model", "layer", "tp", "m", "x_format", "y_format", "scale_layout", "fast_accum"),
+)
 
 
 def _refuse_beside(option: str, *names: str) -> None:
@@ -330,7 +335,7 @@ def _refuse_beside(option: str, *names: str) -> None:
 
 @_as_sweep_has(
     *("kernel", "tile", "warps", "stages", "async_copy", "model", "layer", "tp", "m"),
-    *("x_format", "scale_layout", "export", "store", "jobs"),
+    *("x_format", "scale_layout", "fast_accum", "export", "store", "jobs"),
 )
 @app.command()
 @click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
@@ -354,13 +359,14 @@ def measure(
 
     Configurations of a problem take turns in random order; each sample follows a flush of
     the L2. Beside each time stands what compute and bandwidth allow, measured in the same run.
+    With --layer all, both layers are timed together too.
 
     \b
     Example:
       moelab measure --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" \\
         --tile 128x128x128,128x256x128 --warps 8 --stages 1,2,3,4 --export measured.parquet
     """
-    from . import bench, plan, records, tables
+    from . import bench, measurements, plan, records
 
     with _wrong_use():
         asked = plan.grid(
@@ -382,8 +388,9 @@ def measure(
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
-        _print(tables.measured(rows))
+        _print(measurements.table(rows))
         _remarks(rows)
+    click.echo("\n" + measurements.tally(rows), err=as_json)
 
 
 # What the command line calls in the singular.

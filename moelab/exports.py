@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, problems, records, targets
-from .kernels.launch import AMD_OPTIONS, GROUP_M
+from . import __version__, problems, records, tables, targets
+from .kernels.launch import AMD_OPTIONS
 from .specs import Problem, Target, Tile
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _rank(of_one: pd.DataFrame) -> tuple[int, ...]:
 
 def _is_published(row: dict[str, Any]) -> bool:
     problem = Problem(**{item.name: row[item.name] for item in fields(Problem)})
-    tile = Tile(**{item.name: row[item.name] for item in fields(Tile)})
+    tile = tables.tile_of(row)
     return problems.ruled_tile(row["kernel"], problem) == (tile, row["num_warps"])
 
 
@@ -398,7 +398,7 @@ def _entry(chosen: pd.DataFrame) -> dict[str, int]:
         "BLOCK_SIZE_M": int(row["block_m"]),
         "BLOCK_SIZE_N": int(row["block_n"]),
         "BLOCK_SIZE_K": int(row["block_k"]),
-        "GROUP_SIZE_M": GROUP_M,
+        "GROUP_SIZE_M": Tile.group_m,
         "num_warps": int(row["num_warps"]),
         "num_stages": int(row["num_stages"]),
         **launch_options(row["kernel"], targets.get(row["target"])),

@@ -53,6 +53,7 @@ def grid(
     x_format: object = None,
     y_format: object = "bf16",
     scale_layout: object = "rows",
+    fast_accum: bool = False,
 ) -> list[Configuration]:
     """Expand a grid. Each argument takes a list, one value or comma-separated text.
 
@@ -63,14 +64,14 @@ def grid(
         layers: 1, 2 or ``all``; what computes a shared expert has only the first.
         tp: tensor parallelism; ``all`` means `problems.TENSOR_PARALLEL`.
         m: tokens before top-k; ``all`` means `problems.TOKENS`.
-        tiles: ``MxNxK``; None means the tile and warps that the published rules choose
-            for each problem.
+        tiles: as `Tile.parse` reads them; None means the tile and warps that the published
+            rules choose for each problem.
         warps: warps per workgroup, given together with ``tiles``.
         stages: ``num_stages``.
         async_copy: on, off, both, or default as the Triton that compiles has it; targets
             without the switch get one row.
-        x_format, y_format, scale_layout: as in `Problem`; a kernel that doesn't take one
-            gets rows that say so.
+        x_format, y_format, scale_layout, fast_accum: as in `Problem`; a kernel that doesn't
+            take one gets rows that say so.
     Raises:
         ParameterError: a value is not one of the right ones; the message lists them.
     """
@@ -112,7 +113,13 @@ def grid(
             for (x, y, scales), (tile, num_warps), target, stage_count in itertools.product(
                 formats, tilings, target_names, stage_counts
             ):
-                of = replace(problem, x_format=x, y_format=y, scale_layout=scales)
+                of = replace(
+                    problem,
+                    x_format=x,
+                    y_format=y,
+                    scale_layout=scales,
+                    fast_accum=fast_accum,
+                )
                 configurations += [
                     Configuration(kernel, of, tile, num_warps, stage_count, switch, target)
                     for switch in _switches(async_copy, TARGETS[target])

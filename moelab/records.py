@@ -40,7 +40,14 @@ _SINCE: dict[int, dict[str, Any]] = {
             *("temperature_c", "made_by"),
         )
     ),
-    5: dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
+    5: {
+        "fast_accum": False,
+        "group_m": 4,
+        "tma": False,
+        "tails": 0,
+        "persistent": False,
+        **dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
+    },
 }
 
 # Every column, in order, with its pandas type. Nullable types: a missing figure is
@@ -64,6 +71,7 @@ COLUMNS = {
     "y_format": "string",
     "scale_layout": "string",  # of w's mx scales
     "n_bf16": "Int64",  # columns of a bf16 weight beside w
+    "fast_accum": "boolean",
     "args": "string",  # JSON, of a kernel that is not one of ours; so are its options
     "options": "string",
     "target": "string",
@@ -72,6 +80,10 @@ COLUMNS = {
     "block_n": "Int64",
     "block_k": "Int64",
     "split_k": "Int64",
+    "group_m": "Int64",  # these four: how programs go about their tiles, as in `Tile`
+    "tma": "boolean",
+    "tails": "Int64",
+    "persistent": "boolean",
     "num_warps": "Int64",
     "num_stages": "Int64",
     "async_copy": "boolean",  # missing where the target has no such switch
@@ -125,6 +137,8 @@ STATUSES = {
     "ok": "fits",
     "out_of_lds": "needs more LDS / shared memory than a workgroup may use",
     "wrong_result": "its output is not the reference's; it was not timed",
+    "out_of_memory": "the GPU's memory does not hold its tensors; not timed",
+    "launch_error": "was told to fit, but could not be launched; `reason` has the words",
     "lds_differs": "the GPU loaded other LDS than was told, a fault of moelab's; not timed",
     "out_of_tmem": "needs more tensor memory than an SM has",
     "compile_error": "the compiler rejects it; `reason` has its words",

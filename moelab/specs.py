@@ -69,30 +69,45 @@ class Target:
 
 @dataclass(frozen=True)
 class Tile:
-    """The block of the output that one program computes, and its step along K.
+    """The block of the output that one program computes, its step along K, and how it goes about.
 
     Args:
         split_k: programs that share a block's reduction, each with a part of K.
+        group_m: row tiles that programs visit for every column before the next ones.
+        tma: operands come through the tensor memory accelerator (Hopper and later), by
+            descriptors: w, and x where its rows lie together and ``tails`` is 0.
+        tails: how often the last tile of an expert may be halved: one of ``block_m`` is
+            computed as one of ``block_m / 2^tails`` or more that still holds its rows.
+        persistent: one program for each compute unit, which takes tile after tile and loads
+            the next one's operands while it stores.
 
     >>> str(Tile.parse("64x32x512/7"))
     '64x32x512/7'
-    >>> Tile.parse("128x512x256").split_k
-    1
+    >>> Tile.parse("128x256x128+tma+tails2").tails
+    2
     """
 
     block_m: int
     block_n: int
     block_k: int
     split_k: int = 1
+    group_m: int = 4
+    tma: bool = False
+    tails: int = 0
+    persistent: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Tile:
         """Read ``MxNxK``, or ``MxNxK/S`` where S programs share the reduction.
 
+        How to go about it follows, if it is not as usual: ``+group8``, ``+tma``, ``+tails2``,
+        ``+persistent``.
+
         Raises:
-            ValueError: not three powers of two; the message shows the text.
+            ValueError: not three powers of two, or no such way; the message shows the text.
         """
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/([1-9]\d*))?", text.strip())
+        blocks, *ways = text.strip().split("+")
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/([1-9]\d*))?", blocks)
         if not match:
             raise ValueError(
                 f"tile {text!r}: expected BLOCK_MxBLOCK_NxBLOCK_K, for example 128x256x128, "
@@ -104,11 +119,40 @@ class Tile:
             raise ValueError(
                 f"tile {text!r}: {wrong[0]} is not a power of two, which Triton's blocks must be"
             )
-        return cls(block_m, block_n, block_k, split_k)
+        return cls(block_m, block_n, block_k, split_k, **_ways(text, ways))
+
+    @property
+    def ways(self) -> str:
+        """How to go about it, where that is not as usual, as `parse` reads it."""
+        return "".join(
+            "+" + way
+            for way, said in (
+                (f"group{self.group_m}", self.group_m != 4),
+                ("tma", self.tma),
+                (f"tails{self.tails}", self.tails),
+                ("persistent", self.persistent),
+            )
+            if said
+        )
 
     def __str__(self) -> str:
         shared = f"/{self.split_k}" if self.split_k > 1 else ""
-        return f"{self.block_m}x{self.block_n}x{self.block_k}{shared}"
+        return f"{self.block_m}x{self.block_n}x{self.block_k}{shared}{self.ways}"
+
+
+def _ways(text: str, ways: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for way in ways:
+        if way in ("tma", "persistent"):
+            found[way] = True
+        elif match := re.fullmatch(r"(group|tails)([1-9]\d*)", way):
+            found["group_m" if match[1] == "group" else "tails"] = int(match[2])
+        else:
+            raise ValueError(
+                f"tile {text!r}: {way!r} is none of group8, tma, tails2 (or other numbers) and "
+                "persistent"
+            )
+    return found
 
 
 X_FORMATS = ("fp8", "mxfp8")
@@ -142,6 +186,7 @@ class Problem:
         scale_layout: of w's mx scales, one of `SCALE_LAYOUTS`: ``rows``, or ``cdna4`` as its
             matrix units read them.
         n_bf16: columns of the bf16 weight beside the narrow one; 0 where there is none.
+        fast_accum: whole sums are left to Hopper's fp8 tensor cores, with about 14 bits.
     """
 
     model: str
@@ -161,6 +206,7 @@ class Problem:
     y_format: str = "bf16"
     scale_layout: str = "rows"
     n_bf16: int = 0
+    fast_accum: bool = False
 
     @property
     def rows(self) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from . import problems
@@ -16,6 +17,8 @@ from .specs import Tile
 if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
+
+_WAYS = ["group_m", "tma", "tails", "persistent"]
 
 # A tile with its warps, as one kernel on one target launches it.
 TILING = ["kernel", "target", "triton", "tile", "num_warps"]
@@ -28,13 +31,26 @@ RESOURCES = ["registers", "spilled_registers", "workgroups_per_cu"]
 
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that people read: ``tile`` as `Tile.parse` does, async copy in words."""
+    import pandas as pd
+
     tile = rows[["block_m", "block_n", "block_k", "split_k"]].astype("string")
     shared = ("/" + tile["split_k"]).where(rows["split_k"] > 1, "")
+    blocks = {"block_m": 1, "block_n": 1, "block_k": 1}
+    said = rows.reindex(columns=_WAYS).to_dict("records")
+    ways = pd.Series([tile_of(blocks | of).ways for of in said], rows.index, dtype="string")
     words = rows["async_copy"].map({True: "on", False: "off"}).fillna("no switch")
     return rows.assign(
-        tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"] + shared,
+        tile=tile["block_m"] + "x" + tile["block_n"] + "x" + tile["block_k"] + shared + ways,
         **{ASYNC_COPY: words.astype("string")},
     )
+
+
+def tile_of(row: Mapping[str, Any]) -> Tile:
+    """Make a row's tile; of what an older or a foreign row doesn't say, the usual."""
+    import pandas as pd
+
+    said: dict[str, Any] = {item.name: row.get(item.name) for item in fields(Tile)}
+    return Tile(**{name: value for name, value in said.items() if not pd.isna(value)})
 
 
 def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
@@ -57,27 +73,6 @@ def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
     asked = ["target", "triton", "num_warps", "num_stages", ASYNC_COPY]
     answer = ["lds_bytes", "lds_limit", "status", *RESOURCES]
     return varying.join(rows[[*asked, *answer]]).dropna(axis="columns", how="all")
-
-
-def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """Tell what was measured: time with its interval, TFLOP/s, and the share of the roof.
-
-    Args:
-        rows: of `bench.measure`.
-    """
-    rows = labelled(rows)
-    problem = [name for name in ("model", "layer", "tp", "m") if rows[name].nunique() > 1]
-    half = (rows["time_high_us"] - rows["time_low_us"]) / 2 / rows["time_us"] * 100
-    told = rows[["kernel", *problem, "tile", "num_warps", "num_stages", "lds_bytes", "status"]]
-    return told.assign(
-        **{
-            "time (us)": rows["time_us"].round(1),
-            "+- (%)": half.round(2),
-            "TFLOP/s": rows["tflops"].round(1),
-            "of the roof": (rows["tflops"] / rows["roof_tflops"]).round(3),
-            "spills": rows["spilled_registers"],
-        }
-    )
 
 
 def shown(table: pd.DataFrame) -> HTML:

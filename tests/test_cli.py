@@ -686,3 +686,46 @@ def test_a_notebook_that_fails_exits_1_with_its_files(monkeypatch, tmp_path):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert "cell [2] raised ValueError" in result.stderr and "b.ipynb" in result.stderr
+
+
+# measure.
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Let `moelab measure` find a GPU, on which one of two configurations fits."""
+    from moelab import bench
+
+    def measure(asked, store, **given):
+        fits, does_not = (of.asked() for of in asked)
+        timed = {
+            "status": "ok",
+            "lds_bytes": 8192,
+            "loaded_lds_bytes": 8192,
+            "lds_limit": 232448,
+            "time_us": 100.0,
+            "time_low_us": 99.9,
+            "time_high_us": 100.1,
+            "throttled": "sw_power_cap",
+        }
+        return records.frame([fits | timed, does_not | {"status": "out_of_lds"}])
+
+    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", TARGETS["sm_90"]))
+    monkeypatch.setattr(bench, "measure", measure)
+    return ("measure", "--kernel", "moe_gemm_a8w8", "--tile", "64x64x128", "--warps", "4")
+
+
+def test_the_last_lines_of_a_measurement_are_the_tally(measured):
+    result = run(*measured)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-3:] == [
+        "2 configurations asked, 1 launched, 1 timed; not timed: 1 out_of_lds",
+        "LDS told = loaded in 1 of 1; OutOfResources 0; told to fit and left out 0",
+        "THROTTLED: the GPU held its clocks down (sw_power_cap) during 1 of 1 times",
+    ]
+
+
+def test_measured_rows_as_json_are_all_of_stdout(measured):
+    result = run(*measured, "--json")
+    assert [json.loads(line)["time_us"] for line in result.stdout.splitlines()] == [100, None]
+    assert "LDS told = loaded in 1 of 1" in result.stderr

@@ -160,7 +160,7 @@ def test_the_options_are_those_that_the_rows_were_compiled_with(kernel, target):
     tile, _ = problems.ruled_tile(kernel, problem)
     source = kernels.load(kernel).source(problem, tile, targets.get(target))
     assert exports.launch_options(kernel, targets.get(target)) == source.options
-    assert source.args["GROUP_M"] == exports.GROUP_M
+    assert source.args["GROUP_M"] == Tile.group_m
 
 
 def test_vllm_launches_both_layers_with_an_entry_so_both_must_fit():

@@ -274,6 +274,7 @@ def test_the_parameters_are_those_of_the_command_line_and_the_notebooks():
         "x_format",
         "y_format",
         "scale_layout",
+        "fast_accum",
     )
 
 

@@ -1,5 +1,6 @@
 """The project's own files agree with each other."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -44,12 +45,17 @@ def test_every_import_of_the_package_is_a_named_dependency():
         "IPython": "ipykernel",
         "bs4": "nbconvert",
         "elftools": "pyelftools",
+        "pynvml": "nvidia-ml-py",
+        # ROCm brings it, as it brings the driver.
+        "amdsmi": "torch",
     }
-    named = requirements(pyproject()["dependencies"])
+    optional = pyproject()["optional-dependencies"].values()
+    named = requirements([*pyproject()["dependencies"], *itertools.chain(*optional)])
     for path in (ROOT / "moelab").rglob("*.py"):
         imports = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
         for name in set(imports) - set(sys.stdlib_module_names) - {"moelab"}:
-            dependency = CONDA_NAMES.get(name, brought.get(name, name))
+            name = brought.get(name, name)
+            dependency = CONDA_NAMES.get(name, name)
             assert dependency in named, f"{path.name} imports {name}"
 
 

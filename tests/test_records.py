@@ -31,6 +31,7 @@ ROW = {
     "y_format": "bf16",
     "scale_layout": "cdna4",
     "n_bf16": 0,
+    "fast_accum": True,
     "args": '{"k": "i32:16"}',
     "options": '{"waves_per_eu": 1}',
     "target": "gfx950",
@@ -39,6 +40,10 @@ ROW = {
     "block_n": 64,
     "block_k": 64,
     "split_k": 7,
+    "group_m": 8,
+    "tma": True,
+    "tails": 2,
+    "persistent": True,
     "num_warps": 4,
     "num_stages": 2,
     "async_copy": True,
@@ -82,7 +87,14 @@ ROW = {
 }
 
 # What rows of earlier schemas meant, which had no columns for it.
-UNSAID_IN_4 = dict.fromkeys(("peer", "includes", "both_layers_us", "throttled"))
+UNSAID_IN_4 = {
+    "fast_accum": False,
+    "group_m": 4,
+    "tma": False,
+    "tails": 0,
+    "persistent": False,
+    **dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
+}
 UNSAID_IN_3 = UNSAID_IN_4 | dict.fromkeys(
     (
         *("gpu", "workload", "run", "time_us", "time_low_us", "time_high_us", "tflops"),

@@ -19,7 +19,13 @@ PROBLEM = Problem(
 )
 
 
-@pytest.mark.parametrize("text", ["1x1x1", "16x64x64", "128x512x256", "64x32x512/7"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1x1x1", "16x64x64", "128x512x256", "64x32x512/7", "64x32x512/7+group8"),
+        *("128x256x128+tma", "128x256x128+group1+tma+tails2", "128x256x128+tma+persistent"),
+    ],
+)
 def test_a_tile_reads_back_what_it_prints(text):
     assert str(Tile.parse(text)) == text
 
@@ -55,6 +61,12 @@ def test_what_is_no_tile_is_answered_with_an_example(text):
 def test_a_block_that_is_no_power_of_two_is_named(text, wrong):
     with pytest.raises(ValueError, match=rf"{text}'\: {wrong} is not a power of two"):
         Tile.parse(text)
+
+
+@pytest.mark.parametrize("way", ["TMA", "", "tails", "tails0", "group", "persist", "tma+"])
+def test_a_way_that_no_tile_has_is_answered_with_those_there_are(way):
+    with pytest.raises(ValueError, match="group8, tma, tails2"):
+        Tile.parse(f"64x64x64+{way}")
 
 
 def test_every_token_makes_a_row_for_each_of_its_experts():

@@ -23,7 +23,6 @@ from ..specs import UNQUANTIZED, Cost, Problem, Source, Target, TensorSpec, Tile
 from .formats import MX_GROUP, dequantize_mxfp4, mx_groups, mx_pairs, without_filler
 from .launch import (
     AMD_OPTIONS,
-    GROUP_M,
     STREAMED_BLOCK_M,
     WIDE_ELEMENTS,
     TileRule,
@@ -340,7 +339,7 @@ def _arguments(
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "SPLIT_K": tile.split_k,
-        "GROUP_M": GROUP_M,
+        "GROUP_M": tile.group_m,
         "NUM_XCDS": num_xcds,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import triton
@@ -14,15 +14,18 @@ from .epilogue import SwiGLU, finish_reference
 from .formats import MX_GROUP, mx_groups
 from .launch import (
     AMD_OPTIONS,
-    GROUP_M,
     STREAMED_BLOCK_M,
+    TMA_SINCE,
     WIDE_ELEMENTS,
     TileRule,
     check_even,
     check_formats,
     check_schedule,
     check_tile,
+    compute_units,
+    described,
     expect,
+    has_tma,
     one_of,
 )
 from .routing import Routing
@@ -67,7 +70,11 @@ class Options(Layer, total=False):
     num_xcds: int
 
 
-def _tile_rules(tile: Tile, swiglu: bool, y_format: str) -> list[TileRule]:
+# How a kernel that calls `routing.every_tile` can go about its tiles.
+WAYS = ("tma", "tails", "persistent")
+
+
+def _tile_rules(tile: Tile, swiglu: bool, y_format: str, k: int, has_tma: bool) -> list[TileRule]:
     """Say what every grouped GEMM wants of a tile; see `launch.check_tile`."""
     least_n = (2 if swiglu else 1) * (MX_GROUP if y_format == "mxfp8" else 1)
     of = " for whole groups of mxfp8" if y_format == "mxfp8" else ": SwiGLU pairs columns"
@@ -75,6 +82,18 @@ def _tile_rules(tile: Tile, swiglu: bool, y_format: str) -> list[TileRule]:
         ("split_k", tile.split_k == 1, "1: a MoE GEMM's reduction is not shared"),
         ("block_k", tile.block_k >= 32, "32 or more, what matrix units take at once"),
         ("block_n", tile.block_n >= least_n, f"{least_n} or more{of}"),
+        ("group_m", tile.group_m >= 1, "1 or more"),
+        ("tma", has_tma or not tile.tma, "none: it needs Hopper or later"),
+        ("tma", k % 16 == 0 or not tile.tma, f"none: it needs rows of 16 bytes, and k is {k}"),
+        ("block_n", tile.block_n <= 256 or not tile.tma, "256 or less, for TMA"),
+        ("block_m", tile.block_m <= 256 or not tile.tma, "256 or less, for TMA"),
+        ("tails", 0 <= tile.tails <= 2, "0, 1 or 2"),
+        (
+            "tails",
+            not tile.tails or tile.block_m >> tile.tails >= 16,
+            "fewer: a tail has 16 rows or more",
+        ),
+        ("tails", not (tile.tails and tile.persistent), "0: a persistent program has none"),
     ]
 
 
@@ -95,15 +114,24 @@ def _arguments(
     scatter: bool,
     swiglu: SwiGLU | None,
     num_xcds: int,
+    ways: Collection[str],
 ) -> dict[str, Any]:
     """Bind the kernel's parameters: a launch with tensors, the compiler with shapes."""
     activation = swiglu or SwiGLU()
     largest = max(math.prod(x.shape), math.prod(y.shape), math.prod(w.shape[1:]))
+    # A tail's block of x is smaller, and a descriptor has one.
+    x_tma = tile.tma and not gather and not tile.tails
+    own_ways = {
+        "W_TMA": tile.tma,
+        "X_TMA": x_tma,
+        "TAILS": tile.tails,
+        "PERSISTENT": tile.persistent,
+    }
     return {
         "y_ptr": y,
         "y_scale_ptr": y_scale,
-        "x_ptr": x,
-        "w_ptr": w,
+        "x_ptr": described(x, (tile.block_m, tile.block_k)) if x_tma else x,
+        "w_ptr": described(w, (tile.block_n, tile.block_k)) if tile.tma else w,
         **own,
         "bias_ptr": bias,
         "weight_ptr": routing.weight if weighted else None,
@@ -125,8 +153,9 @@ def _arguments(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
-        "GROUP_M": GROUP_M,
+        "GROUP_M": tile.group_m,
         "NUM_XCDS": num_xcds,
+        **(own_ways if ways else {}),
     }
 
 
@@ -142,19 +171,23 @@ def describe(
     amd_options: Mapping[str, Any] = AMD_OPTIONS,
     x_formats: Sequence[str | None] = (None,),
     scale_layouts: Sequence[str] = ("rows",),
+    ways: Collection[str] = (),
+    fast_accum: bool = False,
 ) -> Source:
     """Describe a launch of ``kernel`` to the compiler; needs no GPU.
 
     Args:
         own: the arguments that only this kernel has, by name.
         rules: the kernel's own; see `launch.check_tile`.
-        x_formats, scale_layouts: what the kernel takes.
+        x_formats, scale_layouts, ways, fast_accum: what the kernel takes.
     Raises:
-        ValueError: the kernel can't take the tile or a format.
+        ValueError: the kernel can't take the tile or a format, or the target has no TMA.
     """
-    check_formats(problem, x_formats, Y_FORMATS, scale_layouts)
+    check_formats(problem, x_formats, Y_FORMATS, scale_layouts, fast_accum)
     check_even("w", problem.n, problem.swiglu)
-    check_tile(tile, [*_tile_rules(tile, problem.swiglu, problem.y_format), *rules])
+    has_tma = target.backend == "cuda" and divmod(int(target.arch), 10) >= TMA_SINCE
+    own_rules = _tile_rules(tile, problem.swiglu, problem.y_format, problem.k, has_tma)
+    check_tile(tile, [*own_rules, *rules], ways)
     shape = (problem.rows, problem.n_out)
     fp8 = x.dtype if x.dtype.startswith("fp8") else "fp8e4nv"
     dtypes = {"bf16": "bf16", "fp32": "fp32", "fp8": fp8, "mxfp8": "fp8e4nv"}
@@ -178,6 +211,7 @@ def describe(
         scatter=problem.scatter,
         swiglu=SwiGLU() if problem.swiglu else None,
         num_xcds=target.xcds,
+        ways=ways,
     )
     return Source(kernel, args, dict(amd_options) if target.backend == "hip" else {})
 
@@ -192,6 +226,7 @@ def launch(
     *,
     k: int,
     rules: Iterable[TileRule] = (),
+    ways: Collection[str] = (),
     amd_options: Mapping[str, Any] = AMD_OPTIONS,
     bias: Tensor | None = None,
     gather: bool = True,
@@ -209,7 +244,7 @@ def launch(
     Args:
         x, w: checked for type and columns already.
         own: the arguments that only this kernel has, by name; already checked.
-        rules: the kernel's own; see `launch.check_tile`.
+        rules, ways: the kernel's own; see `launch.check_tile`.
     Returns:
         ``[rows, n]`` of ``y_format``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` the
         elements and their e8m0 scales ``[rows, ceil(columns / 32)]``.
@@ -242,7 +277,8 @@ def launch(
     expect("x", x, (rows // routing.top_k if gather else rows, x.shape[1]), (x.dtype,), of=w)
     if bias is not None:
         expect("bias", bias, (experts, n), (torch.float32,), of=w)
-    check_tile(tile, [*_tile_rules(tile, swiglu is not None, y_format), *rules])
+    own_rules = _tile_rules(tile, swiglu is not None, y_format, k, has_tma(w.device))
+    check_tile(tile, [*own_rules, *rules], ways)
     if routing.block_m != tile.block_m:
         raise ValueError(
             f"tile {tile} has block_m = {tile.block_m}, but the routing was laid out for "
@@ -288,9 +324,11 @@ def launch(
             scatter=scatter,
             swiglu=swiglu,
             num_xcds=num_xcds,
+            ways=ways,
         )
         options = amd_options if torch.version.hip else {}
-        grid = (tiles * triton.cdiv(n, tile.block_n),)
+        programs = tiles * triton.cdiv(n, tile.block_n)
+        grid = (min(programs, compute_units(w.device)) if tile.persistent else programs,)
         with torch.cuda.device_of(w):
             kernel[grid](**args, **options, num_warps=num_warps, num_stages=num_stages)
     return (y, y_scale) if y_format == "mxfp8" else y

@@ -31,6 +31,7 @@ class Inputs:
     Args:
         k: length of the reduction; x holds two elements a byte in mxfp4.
         own: what launcher and reference of this kernel alone take by name.
+        fast_accum: the launcher, where it can be told, leaves sums to the matrix units.
         drawn_for: kernel and problem, its m left out, that `of_problem` drew it for.
     """
 
@@ -47,6 +48,7 @@ class Inputs:
     scatter: bool
     swiglu: SwiGLU | None
     own: dict[str, Any] = field(default_factory=dict)
+    fast_accum: bool = False
     drawn_for: tuple[str, Problem] | None = None
 
     @property
@@ -73,6 +75,8 @@ class Inputs:
     def run(self, tile: Tile, **options: Any) -> Any:
         """Call the launcher as its users do; ``block_m`` is the routing's."""
         launcher = getattr(load(self.kernel), self.kernel)
+        if self.fast_accum:
+            options["fast_accum"] = True
         return launcher(*self.tensors, self.routing, tile, **self.layer, **self.own, **options)
 
     def expected(self) -> Tensor:
@@ -212,7 +216,7 @@ def of_problem(
         scale_layout=None if problem.scale_layout == "rows" else problem.scale_layout,
         like=like if like is not None and like.drawn_for == shape else None,
     )
-    return replace(drawn, drawn_for=shape)
+    return replace(drawn, fast_accum=problem.fast_accum, drawn_for=shape)
 
 
 def quantizers(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import math
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..specs import Problem, Tile
+from ..specs import Problem, TensorSpec, Tile
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # ROCm/aiter launches its MoE GEMMs with these; they change the layout of operands in LDS.
 AMD_OPTIONS = {"waves_per_eu": 0, "matrix_instr_nonkdim": 16, "kpack": 1}
 
-# Row tiles that are visited for every column before the next ones.
-GROUP_M = 4
-
 # Weights that at most this many rows use are read once: they pass by the nearest cache.
 STREAMED_BLOCK_M = 32
+
+# Compute capability of Hopper, the first with a tensor memory accelerator.
+TMA_SINCE = (9, 0)
 
 # Offsets into tensors of fewer elements are 32-bit.
 WIDE_ELEMENTS = 2**31
@@ -71,9 +74,11 @@ def expect_tile(tile: Tile) -> None:
         raise ValueError(f"tile is {tile!r}; expected a Tile, for example Tile(128, 128, 128)")
 
 
-def check_tile(tile: Tile, rules: Iterable[TileRule]) -> None:
+def check_tile(tile: Tile, rules: Iterable[TileRule], ways: Collection[str] = ()) -> None:
     """Check that a kernel can take a tile: blocks are powers of two, and its own rules.
 
+    Args:
+        ways: those of ``tma``, ``tails`` and ``persistent`` that the kernel has.
     Raises:
         ValueError: it can't; the message shows the tile, what it has and what would fit.
     """
@@ -82,9 +87,54 @@ def check_tile(tile: Tile, rules: Iterable[TileRule]) -> None:
         for name in ("block_m", "block_n", "block_k")
         for block in [getattr(tile, name)]
     ]
-    for name, met, wanted in (*powers, *rules):
+    lacking = [
+        (name, name in ways or not getattr(tile, name), "none: this kernel does without")
+        for name in ("tma", "tails", "persistent")
+    ]
+    for name, met, wanted in (*powers, *lacking, *rules):
         if not met:
             raise ValueError(f"tile {tile} has {name} = {getattr(tile, name)}; expected {wanted}")
+
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Tell whether a device has a tensor memory accelerator; the interpreter does as if."""
+    import torch
+
+    if device.type != "cuda":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= TMA_SINCE
+
+
+@functools.cache
+def compute_units(device: torch.device) -> int:
+    """Count a device's compute units (SMs); the interpreter has one."""
+    import torch
+
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def described(of: Tensor | TensorSpec, block: tuple[int, int]) -> Any:
+    """Describe a tensor's rows to the tensor memory accelerator, of whatever shape they are in.
+
+    Args:
+        of: ``[..., k]``, contiguous; k elements take whole 16 bytes.
+        block: rows and columns that one load takes.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    k = of.shape[-1]
+    rows = math.prod(of.shape[:-1])
+    if not isinstance(of, TensorSpec):
+        return TensorDescriptor(of, [rows, k], [k, 1], list(block))
+    # What makes one asks its tensor for more than Triton's binder does.
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(
+        base=of, shape=[rows, k], strides=[k, 1], block_shape=list(block), padding="zero"
+    )
+    return descriptor
 
 
 def check_even(name: str, n: int, pairs: bool) -> None:
@@ -118,12 +168,17 @@ def check_formats(
     x_formats: Sequence[str | None] = (None,),
     y_formats: Sequence[str] = ("bf16",),
     scale_layouts: Sequence[str] = ("rows",),
+    fast_accum: bool = False,
 ) -> None:
     """Check that a kernel takes the formats that a problem has.
 
+    Args:
+        fast_accum: whether the kernel can be told how to sum.
     Raises:
         ValueError: it doesn't; the message shows those it takes.
     """
+    if problem.fast_accum and not fast_accum:
+        raise ValueError("fast_accum is True; expected False: this kernel sums in one way")
     for name, taken in (
         ("x_format", x_formats),
         ("y_format", y_formats),

@@ -19,13 +19,113 @@ from .formats import FP8_BLOCK, dequantize_fp8_blocks, fp8_blocks
 from .grouped_gemm import Layer, Options
 from .launch import AMD_OPTIONS, TileRule, expect, expect_tile
 from .operands import columns
-from .routing import Routing, expert_tile, tile_rows
+from .routing import Routing, every_tile, tile_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # ROCm/aiter launches this one so, unlike the others.
 _AMD_OPTIONS = {**AMD_OPTIONS, "waves_per_eu": 1}
+
+
+@triton.jit
+def _tile(
+    expert,
+    row,
+    pid_n,
+    BLOCK_M: tl.constexpr,
+    y_ptr,
+    y_scale_ptr,
+    x_ptr,
+    w_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    blocks,
+    bias_ptr,
+    weight_ptr,
+    gather_ptr,
+    scatter_ptr,
+    expert_end_ptr,
+    n,
+    k,
+    alpha,
+    limit,
+    shift,
+    SWIGLU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    W_STREAMED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    W_TMA: tl.constexpr,
+    X_TMA: tl.constexpr,
+):
+    """Compute one tile of one expert; the rest are the kernel's arguments."""
+    W_CACHE: tl.constexpr = ".cg" if W_STREAMED else ""
+    rows, row_mask, x_rows, y_rows = tile_rows(
+        row, expert, expert_end_ptr, gather_ptr, scatter_ptr, BLOCK_M, WIDE
+    )
+    offs_n = columns(pid_n, n, BLOCK_N, WIDE)
+    offs_k = tl.arange(0, BLOCK_K)
+    if W_TMA:
+        w_row = expert * n + pid_n * BLOCK_N
+    # Weights of all experts together can exceed 2^31 elements where one expert's do not.
+    expert = expert.to(tl.int64)
+    if not X_TMA:
+        x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
+    if not W_TMA:
+        w_ptrs = w_ptr + expert * n * k + offs_n[None, :] * k + offs_k[:, None]
+    x_scale_ptrs = x_scale_ptr + x_rows * blocks
+    w_scale_ptrs = w_scale_ptr + expert * tl.cdiv(n, 128) * blocks
+    # A tile of up to 128 columns lies within one block of w.
+    ONE_SCALE: tl.constexpr = BLOCK_N <= 128
+    if ONE_SCALE:
+        w_scale_ptrs += pid_n * BLOCK_N // 128 * blocks
+    else:
+        w_scale_ptrs += offs_n // 128 * blocks
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start_k in range(0, k, BLOCK_K):
+        in_k = offs_k < k - start_k
+        if X_TMA:
+            x = x_ptr.load([row, start_k])
+        elif EVEN_K:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
+        if W_TMA:
+            w = w_ptr.load([w_row, start_k]).T
+        elif EVEN_K:
+            w = tl.load(w_ptrs, cache_modifier=W_CACHE)
+        else:
+            w = tl.load(w_ptrs, mask=in_k[:, None], other=0.0, cache_modifier=W_CACHE)
+        x_scale = tl.load(x_scale_ptrs + start_k // 128)
+        w_scale = tl.load(w_scale_ptrs + start_k // 128)
+        if ONE_SCALE:
+            acc += tl.dot(x, w) * (x_scale * w_scale)[:, None]
+        else:
+            acc += tl.dot(x, w) * x_scale[:, None] * w_scale[None, :]
+        if not X_TMA:
+            x_ptrs += BLOCK_K
+        if not W_TMA:
+            w_ptrs += BLOCK_K
+    finish(
+        acc,
+        y_ptr,
+        y_scale_ptr,
+        bias_ptr,
+        weight_ptr,
+        rows,
+        row_mask,
+        y_rows,
+        expert,
+        pid_n,
+        n,
+        alpha,
+        limit,
+        shift,
+        BLOCK_N,
+        SWIGLU,
+    )
 
 
 @triton.jit
@@ -59,54 +159,54 @@ def _moe_gemm_a8w8_blockscale_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     NUM_XCDS: tl.constexpr,
+    W_TMA: tl.constexpr,
+    X_TMA: tl.constexpr,
+    TAILS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    exists, expert, row, pid_n = expert_tile(
-        tile_count_ptr, tile_expert_ptr, tile_row_ptr, n, BLOCK_N, GROUP_M, NUM_XCDS
-    )
-    if not exists:
-        return
-    rows, row_mask, x_rows, y_rows = tile_rows(
-        row, expert, expert_end_ptr, gather_ptr, scatter_ptr, BLOCK_M, WIDE
-    )
-    offs_n = columns(pid_n, n, BLOCK_N, WIDE)
-    offs_k = tl.arange(0, BLOCK_K)
-    # Weights of all experts together can exceed 2^31 elements where one expert's do not.
-    expert = expert.to(tl.int64)
-    x_ptrs = x_ptr + x_rows[:, None] * k + offs_k[None, :]
-    w_ptrs = w_ptr + expert * n * k + offs_n[None, :] * k + offs_k[:, None]
-    x_scale_ptrs = x_scale_ptr + x_rows * blocks
-    w_scale_ptrs = w_scale_ptr + expert * tl.cdiv(n, 128) * blocks + offs_n // 128 * blocks
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start_k in range(0, k, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs, cache_modifier=W_CACHE)
-        else:
-            in_k = offs_k < k - start_k
-            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=in_k[:, None], other=0.0, cache_modifier=W_CACHE)
-        x_scale = tl.load(x_scale_ptrs + start_k // 128)
-        w_scale = tl.load(w_scale_ptrs + start_k // 128)
-        acc += tl.dot(x, w) * x_scale[:, None] * w_scale[None, :]
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    finish(
-        acc,
-        y_ptr,
-        y_scale_ptr,
-        bias_ptr,
-        weight_ptr,
-        rows,
-        row_mask,
-        y_rows,
-        expert,
-        pid_n,
+    # Tuples take no text.
+    W_STREAMED: tl.constexpr = W_CACHE == ".cg"
+    every_tile(
+        _tile,
+        # A variable would make tensors of the constants.
+        (
+            y_ptr,
+            y_scale_ptr,
+            x_ptr,
+            w_ptr,
+            x_scale_ptr,
+            w_scale_ptr,
+            blocks,
+            bias_ptr,
+            weight_ptr,
+            gather_ptr,
+            scatter_ptr,
+            expert_end_ptr,
+            n,
+            k,
+            alpha,
+            limit,
+            shift,
+            SWIGLU,
+            EVEN_K,
+            WIDE,
+            W_STREAMED,
+            BLOCK_N,
+            BLOCK_K,
+            W_TMA,
+            X_TMA,
+        ),
+        tile_count_ptr,
+        tile_expert_ptr,
+        tile_row_ptr,
+        expert_end_ptr,
         n,
-        alpha,
-        limit,
-        shift,
+        BLOCK_M,
         BLOCK_N,
-        SWIGLU,
+        GROUP_M,
+        NUM_XCDS,
+        TAILS,
+        PERSISTENT,
     )
 
 
@@ -135,6 +235,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
             "blocks": blocks,
         },
         rules=_rules(tile),
+        ways=grouped_gemm.WAYS,
         amd_options=_AMD_OPTIONS,
     )
 
@@ -182,6 +283,7 @@ def moe_gemm_a8w8_blockscale(
         tile,
         k=k,
         rules=_rules(tile),
+        ways=grouped_gemm.WAYS,
         amd_options=_AMD_OPTIONS,
         **options,
     )

@@ -41,6 +41,48 @@ def grouped_block(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def every_tile(
+    compute: tl.constexpr,  # jitted: (expert, first row, pid_n, BLOCK_M, *args)
+    args,  # a tuple, without text
+    tile_count_ptr,  # [1] tiles of all experts
+    tile_expert_ptr,  # [max_tiles] expert of each tile
+    tile_row_ptr,  # [max_tiles] first row of each tile
+    expert_end_ptr,  # [experts] one past each expert's last row
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_XCDS: tl.constexpr,
+    TAILS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """Compute this program's tile, or each of its tiles; see `Tile`."""
+    tile_count = tl.load(tile_count_ptr)
+    num_pid_n = tl.cdiv(n, BLOCK_N)
+    programs = tile_count * num_pid_n
+    if PERSISTENT:
+        # Flattened, the next tile's first loads are under way while this one is stored.
+        for pid in tl.range(tl.program_id(0), programs, tl.num_programs(0), flatten=True):
+            near = near_programs(pid, programs, NUM_XCDS)
+            pid_m, pid_n = grouped_block(near, tile_count, num_pid_n, GROUP_M)
+            expert = tl.load(tile_expert_ptr + pid_m)
+            row = tl.load(tile_row_ptr + pid_m)
+            compute(expert, row, pid_n, BLOCK_M, *args)
+    elif tl.program_id(0) < programs:
+        near = near_programs(tl.program_id(0), programs, NUM_XCDS)
+        pid_m, pid_n = grouped_block(near, tile_count, num_pid_n, GROUP_M)
+        expert = tl.load(tile_expert_ptr + pid_m)
+        row = tl.load(tile_row_ptr + pid_m)
+        left = tl.load(expert_end_ptr + expert) - row
+        if TAILS >= 2 and left <= BLOCK_M // 4:
+            compute(expert, row, pid_n, BLOCK_M // 4, *args)
+        elif TAILS >= 1 and left <= BLOCK_M // 2:
+            compute(expert, row, pid_n, BLOCK_M // 2, *args)
+        else:
+            compute(expert, row, pid_n, BLOCK_M, *args)
+
+
+@triton.jit
 def expert_tile(
     tile_count_ptr,  # [1] tiles of all experts
     tile_expert_ptr,  # [max_tiles] expert of each tile

@@ -1,0 +1,193 @@
+"""Let launches take turns on the GPU at hand, and sum up what each took.
+
+Whose launches they are doesn't matter. Every sample follows a flush of the L2 and lies
+between two events. A round is one turn of every launch, in random order, so that a drift of
+the clocks meets all of them; before the first, each is launched until its time has settled.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import statistics
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import sensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Launch = Callable[[], Any]
+K = TypeVar("K", bound=Hashable)
+
+# Several times the L2 of every target (H200: 50 MiB, MI355X: 256 MiB with its cache), and
+# long enough to write that the CPU has the next launch ready before the GPU asks for it.
+_FLUSH_BYTES = 2**30
+
+# A launch has settled when the medians of its last windows lie this close together.
+_SETTLED = 0.01
+_WINDOW = 5
+
+OUT_OF_MEMORY = "out_of_memory"
+
+
+class MeasureError(Exception):
+    """Nothing can be measured here, or no more; the message says why."""
+
+
+class ContextLost(MeasureError):
+    """A launch left the device unusable for this process, for every launch after it too.
+
+    Args:
+        of: what was launched.
+        row: what its row says.
+    """
+
+    def __init__(self, of: Hashable, row: dict[str, Any]):
+        super().__init__(f"{of}: {row['reason']}; the GPU takes no launch of this process any more")
+        self.of, self.row = of, row
+
+
+def in_turns(
+    launches: Mapping[K, Launch], rounds: int, repetitions: int, order: random.Random
+) -> dict[K, dict[str, Any]]:
+    """Time launches in turns.
+
+    Args:
+        rounds, repetitions: samples are ``rounds x repetitions``, with 2 rounds or more.
+        order: of the turns.
+    Returns:
+        what the row of each gains: samples by round, their `interval` and how the device was
+        meanwhile; or status and reason of a launch that failed.
+    Raises:
+        ContextLost: nothing can be launched any more.
+    """
+    samples: dict[K, list[list[float]]] = {of: [] for of in launches}
+    readings: dict[K, list[sensors.Reading]] = {of: [] for of in launches}
+    failed: dict[K, dict[str, Any]] = {}
+
+    def take_turns(turn: Callable[[K], None]) -> None:
+        turns = [of for of in launches if of not in failed]
+        order.shuffle(turns)
+        for of in turns:
+            try:
+                turn(of)
+            except Exception as error:
+                failed[of] = failure(error, of)
+
+    def sample(of: K) -> None:
+        taken = _samples(launches[of], repetitions, lambda: readings[of].append(sensors.read()))
+        samples[of].append([round(us, 2) for us in taken])
+
+    # One launch brings the clocks to where the work holds them. The others have their code
+    # and their y to load.
+    first = next(iter(launches), None)
+    take_turns(lambda of: _settle(launches[of], 4, 40) if of == first else None)
+    take_turns(lambda of: _settle(launches[of], 2, 4))
+    for _ in range(rounds):
+        take_turns(sample)
+    return {
+        of: failed.get(of)
+        or {"samples_us": json.dumps(samples[of])} | interval(samples[of]) | _state(readings[of])
+        for of in launches
+    }
+
+
+def failure(error: Exception, of: Hashable) -> dict[str, Any]:
+    """Say in a row why a launch failed.
+
+    Raises:
+        ContextLost: and nothing can be launched any more.
+    """
+    import torch
+
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    # PyTorch's own error, or the driver's where Triton loads a kernel.
+    row = {"status": OUT_OF_MEMORY if "out of memory" in reason else "launch_error"}
+    row["reason"] = reason
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise ContextLost(of, row) from error
+    return row
+
+
+def _settle(launch: Launch, alike: int, most: int) -> None:
+    """Launch until the medians of the last ``alike`` windows lie within 1% of each other.
+
+    Args:
+        most: windows, settled or not; each has five launches.
+    """
+    medians: list[float] = []
+    while len(medians) < most:
+        medians.append(statistics.median(_samples(launch, _WINDOW)))
+        last = medians[-alike:]
+        if len(last) == alike and max(last) <= (1 + _SETTLED) * min(last):
+            return
+
+
+def _samples(
+    launch: Launch, count: int, meanwhile: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """Time launches one by one, in microseconds.
+
+    Args:
+        meanwhile: called while the GPU works.
+    """
+    import torch
+
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, stop in events:
+        _flush().zero_()
+        start.record()
+        launch()
+        stop.record()
+    meanwhile()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) * 1e3 for start, stop in events]
+
+
+@functools.cache
+def _flush() -> Tensor:
+    import torch
+
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def interval(samples: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Take the median of rounds' medians, and its 95% interval.
+
+    Repetitions within a round are not independent: a round is the sample. The interval is
+    Student's, of the logarithms of rounds' medians.
+
+    Args:
+        samples: microseconds, a list for each round.
+
+    >>> {name: round(us, 1) for name, us in interval([[10, 11], [10, 12], [11, 11]]).items()}
+    {'time_us': 11.0, 'time_low_us': 10.1, 'time_high_us': 11.6}
+    """
+    import numpy as np
+    from scipy import stats
+
+    medians = np.log([statistics.median(of_round) for of_round in samples])
+    margin = stats.t.ppf(0.975, len(medians) - 1) * stats.sem(medians)
+    middle = float(medians.mean())
+    return {
+        "time_us": float(np.exp(np.median(medians))),
+        "time_low_us": float(np.exp(middle - margin)),
+        "time_high_us": float(np.exp(middle + margin)),
+    }
+
+
+def _state(readings: Sequence[sensors.Reading]) -> dict[str, Any]:
+    """Sum up how the device was while a launch was timed."""
+    clocks = [each.clock_mhz for each in readings if each.clock_mhz is not None]
+    warm = [each.temperature_c for each in readings if each.temperature_c is not None]
+    held = [each.throttled for each in readings if each.throttled is not None]
+    return {
+        "clock_mhz": statistics.median(clocks) if clocks else None,
+        "temperature_c": max(warm, default=None),
+        "throttled": ",".join(sorted(frozenset().union(*held))) if held else None,
+    }
