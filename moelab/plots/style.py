@@ -1,0 +1,55 @@
+"""What all figures share: size, colours, an empty one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KIB = 1024
+
+# Okabe and Ito's palette, told apart by the colour-blind: jfly.uni-koeln.de/color.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, RED, GREY = "#56B4E9", "#D55E00", "#666666"
+# Of things without an order, such as tiles and models.
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+ROW_INCHES = 0.36
+
+
+def use_style() -> None:
+    """Set what all figures share."""
+    import matplotlib as mpl
+
+    mpl.rcParams |= {
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 110,
+        "savefig.facecolor": "white",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "x",
+        "grid.color": "#e4e4e4",
+        "font.size": 10,
+        "legend.frameon": False,
+    }
+
+
+def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
+    """Make a figure that a notebook shows once: as the value of its cell."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(*shape, **options)
+    plt.close(figure)
+    return figure, axes
+
+
+def empty(why: str) -> Figure:
+    """Say in a figure's place why there is none."""
+    figure, axis = subplots(figsize=(9.5, 3 * ROW_INCHES + 1.2))
+    axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
+    axis.set_axis_off()
+    return figure
