@@ -7,24 +7,33 @@ gather rows, to pad each expert's, to scatter them back), is timed both ways: th
 and all that it takes to give y from x. `Launch.includes` says which.
 
 Peers know no SwiGLU, bias or routing weights of ours: both sides are given `plain` problems.
+Sums are kept alike too: left to the tensor cores where `Inputs.fast_accum` says so, else in
+fp32. What sums more precisely than asked counts, where it is the quicker.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .specs import Problem
+from . import __version__, compiler, records, timing
+from .specs import Configuration, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .kernels.inputs import Inputs
+
+ALL = "all"
+
+# As they were compared: https://pypi.org has both.
+_TRITON_KERNELS, _DEEP_GEMM = "tokenspeed-triton-kernels", "tokenspeed-deepgemm"
 
 # What DeepGEMM's contiguous layout takes: no tile of it spans two experts.
 _DEEP_GEMM_ROWS = 128
@@ -53,9 +62,12 @@ class Peer:
     Args:
         name: what users type.
         kernels: ours that it is compared with.
-        note: where it computes otherwise.
+        note: what is called, and where it computes otherwise.
         needs: why it can't run here, in words that say what to install; None where it can.
         prepare: lays inputs out and gives the launches.
+        package: that it comes in, as pip calls it; None of PyTorch, which every row names.
+        only_fast: it is worth asking only where sums may be left to the tensor cores;
+            elsewhere another peer is the same.
     """
 
     name: str
@@ -63,10 +75,16 @@ class Peer:
     note: str
     needs: Callable[[], str | None]
     prepare: Callable[[Inputs], list[Launch]]
+    package: str | None = None
+    only_fast: bool = False
 
     def missing(self) -> str | None:
         """Say what keeps it from running here; None if nothing does."""
         return self.needs()
+
+    def is_for(self, kernel: str, problem: Problem) -> bool:
+        """Tell whether it is compared with a kernel of ours on a problem."""
+        return kernel in self.kernels and (problem.fast_accum or not self.only_fast)
 
     def launches(self, drawn: Inputs) -> list[Launch]:
         """Lay inputs out for it.
@@ -90,6 +108,113 @@ def plain(problem: Problem) -> Problem:
     of rows in the experts' order, scattered back to their tokens.
     """
     return replace(problem, swiglu=False, bias=False, weighted=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One launch of a peer, as a row names it.
+
+    Args:
+        kernel: of ours that it is compared with.
+        peer: by name.
+        includes: as in `Launch`; None where it came to no launch.
+    """
+
+    kernel: str
+    problem: Problem
+    target: str
+    peer: str
+    includes: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Start its row: a peer has no tile, warps, stages or LDS."""
+        own = {name: value for name, value in vars(self).items() if name != "problem"}
+        return own | vars(self.problem) | {
+            "triton": compiler.triton_version(),
+            "status": "ok",
+            "moelab": __version__,
+            "schema": records.SCHEMA_VERSION,
+        }
+
+    def made_by(self) -> dict[str, str]:
+        """Name its package and version; nothing of PyTorch, which every row names."""
+        package = PEERS[self.peer].package
+        try:
+            return {package: importlib.metadata.version(package)} if package else {}
+        except importlib.metadata.PackageNotFoundError:
+            return {}
+
+
+def named(text: str) -> tuple[str, ...]:
+    """Read names with commas between; ``all`` is everyone, nothing is no one."""
+    return tuple(PEERS) if text == ALL else tuple(n for n in map(str.strip, text.split(",")) if n)
+
+
+def check(names: Collection[str], asked: Iterable[Configuration]) -> None:
+    """Refuse what can't be compared, before anything is compiled.
+
+    Raises:
+        ValueError: no such peer, one that is compared with no kernel that is asked, or a
+            problem that is not `plain`.
+    """
+    if not names:
+        return
+    kernels, problems = set(), set()
+    for of in asked:
+        kernels.add(of.kernel)
+        problems.add(of.problem)
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"no peer {name!r}; there are {', '.join(PEERS)}, or {ALL}")
+    if not any(kernels & {*PEERS[name].kernels} for name in names):
+        known = "; ".join(f"{name}: {', '.join(PEERS[name].kernels)}" for name in names)
+        raise ValueError(f"asked are {', '.join(sorted(kernels))}; peers have others: {known}")
+    if any(problem != plain(problem) for problem in problems):
+        raise ValueError("peers know no SwiGLU, bias or routing weights; give plain problems")
+
+
+def ready(
+    names: Iterable[str],
+    of: Configuration,
+    drawn: Inputs,
+    against: Callable[[Tensor], dict[str, Any]],
+) -> tuple[dict[Asked, timing.Launch], dict[Asked, dict[str, Any]]]:
+    """Lay a problem out for each peer, and launch once what it gives.
+
+    What a peer lays out lives as long as its launches.
+
+    Args:
+        of: any configuration of ours, for its kernel, problem and target.
+        against: tells an output's error, with status and reason if it is too large.
+    Returns:
+        launches that gave the reference's result, and what each row gains; a peer that can't
+        run here, or fails, is a row that says why.
+    Raises:
+        ContextLost: nothing can be launched any more.
+    """
+    launches: dict[Asked, timing.Launch] = {}
+    found: dict[Asked, dict[str, Any]] = {}
+    for peer in (PEERS[name] for name in names):
+        if not peer.is_for(of.kernel, of.problem):
+            continue
+        asked = Asked(of.kernel, of.problem, of.target, peer.name)
+        if lacks := peer.missing():
+            found[asked] = {"status": "unavailable", "reason": lacks}
+            continue
+        try:
+            offered = peer.launches(drawn)
+        except Exception as error:
+            found[asked] = timing.failure(error, asked)
+            continue
+        for launch in offered:
+            included = replace(asked, includes=launch.includes)
+            try:
+                found[included] = against(launch.y(launch.run()))
+            except Exception as error:
+                found[included] = timing.failure(error, included)
+            if "status" not in found[included]:
+                launches[included] = launch.run
+    return launches, found
 
 
 @dataclass(frozen=True)
@@ -181,14 +306,15 @@ def _torch_needs(name: str) -> str | None:
     return None
 
 
-def _torch_fp8(drawn: Inputs) -> list[Launch]:
+def _torch_fp8(drawn: Inputs, fast: bool | None = None) -> list[Launch]:
+    """Launch `torch._scaled_grouped_mm`; ``fast`` is None where it is as asked."""
     import torch
 
     rows = Rows.of(drawn)
     x_scale = drawn.x_scale.expand(len(rows.source)).contiguous()
     w_scale = drawn.w_scale[:, None].expand(drawn.w.shape[:2]).contiguous()
     w, ends = drawn.w.mT, drawn.routing.expert_end
-    fast = drawn.own.get("fast_accum", False)
+    fast = drawn.fast_accum if fast is None else fast
 
     def product(x: Tensor) -> Tensor:
         return torch._scaled_grouped_mm(
@@ -209,15 +335,27 @@ def _torch_bf16(drawn: Inputs) -> list[Launch]:
     x = _x_in_bf16(drawn)
     if drawn.x_scale.dtype == torch.float32 and drawn.x_scale.dim() == 1:
         x = (x.float() * drawn.x_scale).bfloat16()
-    w = torch.empty(*drawn.w.shape[:2], drawn.k, dtype=torch.bfloat16, device=drawn.w.device)
+    ws, w_scales = _w_in_rows(drawn)
+    w = torch.empty(*ws.shape[:2], drawn.k, dtype=torch.bfloat16, device=ws.device)
     # One expert at a time: fp32 takes twice as much again.
-    for expert, (values, scale) in enumerate(zip(drawn.w, drawn.w_scale, strict=True)):
+    for expert, (values, scale) in enumerate(zip(ws, w_scales, strict=True)):
         if values.dtype == torch.uint8:
             w[expert] = formats.dequantize_mxfp4(values, scale, drawn.k)
         else:
             w[expert] = formats.dequantize_fp8_blocks(values, scale, formats.FP8_BLOCK)
     w, ends = w.mT, drawn.routing.expert_end
     return unfused(drawn, (x,), lambda x: torch._grouped_mm(x, w, offs=ends), Rows.of(drawn))
+
+
+def _w_in_rows(drawn: Inputs) -> tuple[Tensor, Tensor]:
+    """Give w and its scales as they were before they were laid out for a kernel of ours."""
+    from .kernels import operands
+
+    layout = drawn.own.get("scale_layout", "rows")
+    # Of the formats, mxfp4 alone has scales of its elements' type.
+    if drawn.w.dtype == drawn.w_scale.dtype:
+        return operands.in_rows(drawn.w, drawn.w_scale, drawn.k, layout)
+    return drawn.w, drawn.w_scale
 
 
 def _x_in_bf16(drawn: Inputs) -> Tensor:
@@ -239,12 +377,12 @@ def _x_in_bf16(drawn: Inputs) -> Tensor:
 
 
 def _triton_kernels_needs() -> str | None:
-    return _package_needs("triton_kernels", "tokenspeed-triton-kernels==1.0.0.post20260510")
+    return _package_needs("triton_kernels", _TRITON_KERNELS, "1.0.0.post20260510")
 
 
-def _package_needs(module: str, package: str) -> str | None:
+def _package_needs(module: str, package: str, version: str) -> str | None:
     if importlib.util.find_spec(module) is None:
-        return f"no module {module}: pip install --no-deps {package}"
+        return f"no module {module}: pip install --no-deps {package}=={version}"
     return None
 
 
@@ -303,7 +441,9 @@ def _triton_kernels_fp8(drawn: Inputs) -> list[Launch]:
         lhs_data=library.InFlexData(dtype=drawn.x.dtype, scale=drawn.x_scale),
         rhs_data=library.InFlexData(dtype=drawn.w.dtype, scale=drawn.w_scale),
     )
-    precision = library.PrecisionConfig(flex_ctx=context, out_dtype=torch.bfloat16)
+    # Its own precise sums: every 128 products go to fp32.
+    own = {} if drawn.fast_accum else {"max_num_imprecise_acc": 128}
+    precision = library.PrecisionConfig(flex_ctx=context, out_dtype=torch.bfloat16, **own)
     return _fused(drawn, drawn.x, drawn.w.mT, precision)
 
 
@@ -314,12 +454,13 @@ def _triton_kernels_mxfp4(drawn: Inputs) -> list[Launch]:
     from triton_kernels.tensor_details import layout
 
     tensor = library.tensor
+    values, scales = _w_in_rows(drawn)
     w = tensor.convert_layout(
-        tensor.wrap_torch_tensor(drawn.w.mT, dtype=tensor.FP4),
+        tensor.wrap_torch_tensor(values.mT, dtype=tensor.FP4),
         layout.make_default_matmul_mxfp4_w_layout(mx_axis=-2),
     )
     w_scale = tensor.convert_layout(
-        tensor.wrap_torch_tensor(drawn.w_scale.mT),
+        tensor.wrap_torch_tensor(scales.mT),
         layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=-2),
     )
     one = drawn.x_scale if drawn.x_scale.dtype == torch.float32 else None
@@ -336,7 +477,7 @@ def _triton_kernels_mxfp4(drawn: Inputs) -> list[Launch]:
 
 
 def _deep_gemm_needs() -> str | None:
-    if lacks := _package_needs("deep_gemm", "tokenspeed-deepgemm==2.5.0.post20260604"):
+    if lacks := _package_needs("deep_gemm", _DEEP_GEMM, "2.5.0.post20260604"):
         return lacks
     if not (os.environ.get("CUDA_HOME") or shutil.which("nvcc")):
         return "DeepGEMM compiles with nvcc: put it on the PATH, or set CUDA_HOME"
@@ -368,9 +509,41 @@ PEERS = {
         Peer(
             "torch",
             ("moe_gemm_a8w8",),
-            "torch._scaled_grouped_mm",
+            "torch._scaled_grouped_mm, use_fast_accum as asked",
             functools.partial(_torch_needs, "_scaled_grouped_mm"),
             _torch_fp8,
+        ),
+        Peer(
+            "torch_precise",
+            ("moe_gemm_a8w8",),
+            "torch._scaled_grouped_mm without use_fast_accum, where it may be the quicker",
+            functools.partial(_torch_needs, "_scaled_grouped_mm"),
+            functools.partial(_torch_fp8, fast=False),
+            only_fast=True,
+        ),
+        Peer(
+            "triton_kernels",
+            ("moe_gemm_a8w8",),
+            "triton_kernels.matmul",
+            _triton_kernels_needs,
+            _triton_kernels_fp8,
+            _TRITON_KERNELS,
+        ),
+        Peer(
+            "deep_gemm",
+            ("moe_gemm_a8w8_blockscale",),
+            "deep_gemm.m_grouped_fp8_gemm_nt_contiguous, each expert's rows padded to 128",
+            _deep_gemm_needs,
+            _deep_gemm,
+            _DEEP_GEMM,
+        ),
+        Peer(
+            "triton_kernels_bf16",
+            ("moe_gemm_a8w4", "moe_gemm_a4w4"),
+            "triton_kernels.matmul, x in bf16",
+            _triton_kernels_needs,
+            _triton_kernels_mxfp4,
+            _TRITON_KERNELS,
         ),
         Peer(
             "torch_bf16",
@@ -378,27 +551,6 @@ PEERS = {
             "torch._grouped_mm, x and w in bf16",
             functools.partial(_torch_needs, "_grouped_mm"),
             _torch_bf16,
-        ),
-        Peer(
-            "triton_kernels",
-            ("moe_gemm_a8w8",),
-            "sums stay in the tensor cores, as with fast_accum",
-            _triton_kernels_needs,
-            _triton_kernels_fp8,
-        ),
-        Peer(
-            "triton_kernels_bf16",
-            ("moe_gemm_a8w4", "moe_gemm_a4w4"),
-            "x in bf16",
-            _triton_kernels_needs,
-            _triton_kernels_mxfp4,
-        ),
-        Peer(
-            "deep_gemm",
-            ("moe_gemm_a8w8_blockscale",),
-            "each expert's rows padded to 128",
-            _deep_gemm_needs,
-            _deep_gemm,
         ),
     )
 }

@@ -1,0 +1,237 @@
+"""How our kernels stand against their peers, read from measured rows.
+
+A cell is one problem of one kernel and one way to sum: sums that are left to the tensor cores
+are never set against sums in fp32, but where fp32 sums are the quicker of a peer's two. Ours
+always gather, pad and scatter as they go; a peer counts twice: with all of that, which is what
+a user waits for, and its matmul alone.
+
+Frames in, frames and sentences out; no compiler, no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import measurements, records, tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Measured by benchmarks/peers.py; what made each row is in its column `made_by`.
+SHIPPED = Path(__file__).parent / "data" / "h200_peers.parquet"
+# Why ours lose where they do, found by hand.
+REASONS = SHIPPED.with_name("h200_peers_reasons.csv")
+
+CELL = ["kernel", "fast_accum", "model", "layer", "tp", "m"]
+# Along which only M varies.
+CURVE = CELL[:-1]
+
+OURS, CONFIGURATION, OF_ROOF = "ours", "configuration", "of the roof"
+ALL_INSIDE, ALONE = "over the best peer", "over the best matmul alone"
+BEST, ROOF, NOISY, REASON = "best peer", "roof", "noisy", "why it is slower"
+
+
+def measured(path: Path | str = "") -> pd.DataFrame:
+    """Read measured rows of ours and of peers; those that are shipped where no path is given.
+
+    Raises:
+        FileNotFoundError, ValueError: as `records.read`.
+        ValueError: no peer was measured there.
+    """
+    rows = records.read(path or SHIPPED)
+    rows = rows[rows["mode"] == "measured"]
+    with_peers = rows[rows["peer"].notna()]
+    if with_peers.empty:
+        raise ValueError(f"{path}: no peer was measured; see `moelab measure --peers`")
+    # Only what peers were measured beside.
+    kept = rows[CELL].apply(tuple, axis=1).isin(set(with_peers[CELL].apply(tuple, axis=1)))
+    return tables.labelled(rows[kept])
+
+
+def launches(rows: pd.DataFrame) -> pd.DataFrame:
+    """Name whose each timed launch is, and what it includes.
+
+    Args:
+        rows: of `measured`.
+    Returns:
+        the timed rows, with ``whose`` (`OURS` or the peer), ``alone`` (it is a peer's matmul
+        without what y takes besides) and ``noisy``.
+    """
+    timed = rows.assign(noisy=measurements.noisy(rows)).dropna(subset=["tflops"])
+    is_peer = timed["peer"].notna()
+    return timed.assign(
+        whose=timed["peer"].fillna(OURS), alone=is_peer & (timed["includes"] == "")
+    )
+
+
+def fastest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the fastest launch of each: of ours in each cell, and of each peer both ways.
+
+    Args:
+        rows: of `measured`.
+    """
+    timed = launches(rows)
+    best = timed.groupby([*CELL, "whose", "alone"], sort=False)["tflops"].idxmax()
+    return timed.loc[best]
+
+
+def cells(rows: pd.DataFrame, reasons: Path | str = REASONS) -> pd.DataFrame:
+    """Set ours beside the peers, cell by cell.
+
+    Args:
+        rows: of `measured`.
+        reasons: a CSV as `because` reads it.
+    Returns:
+        a row per cell in which ours were timed: TFLOP/s of our fastest and what configuration
+        that is; of each peer with all inside and, in brackets' column, alone; how many times
+        faster ours is than the best peer, both ways; the share of the measured roof; whether
+        any of the times that decide is noisy; and why ours is slower, where it is and that
+        was found.
+    """
+    import pandas as pd
+
+    found = []
+    for names, of_cell in fastest(rows).groupby(CELL, sort=False):
+        by = {(row["whose"], row["alone"]): row for row in of_cell.to_dict("records")}
+        ours = by.pop((OURS, False), None)
+        if ours is None:
+            continue
+        row: dict[str, Any] = dict(zip(CELL, names, strict=True))
+        row |= {OURS: ours["tflops"], CONFIGURATION: _configuration(ours)}
+        row |= {
+            _column(whose, alone): by[whose, alone]["tflops"] for whose, alone in sorted(by)
+        }
+        deciding = [ours]
+        for column, alone in ((ALL_INSIDE, False), (ALONE, True)):
+            rivals = [each for (_, is_alone), each in by.items() if is_alone == alone]
+            best = max(rivals, key=lambda each: each["tflops"], default=None)
+            if best is None:
+                continue
+            row[column] = ours["tflops"] / best["tflops"]
+            if not alone:
+                row[BEST] = best["whose"]
+                deciding.append(best)
+        row |= {ROOF: ours["roof_tflops"], OF_ROOF: ours["tflops"] / ours["roof_tflops"]}
+        row[NOISY] = "noisy" if any(each["noisy"] for each in deciding) else None
+        found.append(row)
+    peers = sorted({name for row in found for name in row if name.split(" ")[0] in _peers(rows)})
+    columns = [*CELL, OURS, CONFIGURATION, *peers, BEST, ALL_INSIDE, ALONE, ROOF, OF_ROOF, NOISY]
+    table = pd.DataFrame(found, columns=columns)
+    slower = table[ALL_INSIDE] < 1
+    return table.assign(**{REASON: because(table, reasons).where(slower, None)})
+
+
+def _peers(rows: pd.DataFrame) -> set[str]:
+    return set(rows["peer"].dropna())
+
+
+def _column(whose: str, alone: bool) -> str:
+    return f"{whose} alone" if alone else whose
+
+
+def _configuration(row: dict[str, Any]) -> str:
+    layout = "" if row["scale_layout"] == "rows" else f", {row['scale_layout']} weights"
+    return f"{row['tile']}, {row['num_warps']} warps, {row['num_stages']} stages{layout}"
+
+
+def because(table: pd.DataFrame, reasons: Path | str = REASONS) -> pd.Series:
+    """Look up the reason of each cell.
+
+    Args:
+        table: with the columns of `CELL`.
+        reasons: a CSV of them and ``reason``; what a line leaves empty holds for all. Of
+            lines that fit, the last counts.
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    import pandas as pd
+
+    lines = pd.read_csv(reasons, dtype="string").to_dict("records")
+    found = []
+    for cell in table[CELL].astype("string").to_dict("records"):
+        fits = [
+            line["reason"]
+            for line in lines
+            if all(pd.isna(line[name]) or line[name] == cell[name] for name in CELL)
+        ]
+        found.append(fits[-1] if fits else None)
+    return pd.Series(found, table.index, dtype=object)
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """Take geometric means of the ratios, per kernel, way to sum, model and layer.
+
+    Args:
+        table: of `cells`.
+    Returns:
+        also in how many cells ours are faster, with all inside, and the least and the largest
+        ratio.
+    """
+    import pandas as pd
+
+    by = ["kernel", "fast_accum", "model", "layer"]
+    found = []
+    for names, group in table.groupby(by, sort=False):
+        inside = group[ALL_INSIDE].dropna()
+        found.append(
+            (*names, len(group), (inside > 1).sum(), _mean(inside), inside.min(), inside.max())
+            + (_mean(group[ALONE].dropna()), _mean(group[OF_ROOF].dropna()))
+        )
+    figures = ["cells", "faster in", ALL_INSIDE, "least", "most", ALONE, OF_ROOF]
+    return pd.DataFrame(found, columns=[*by, *figures])
+
+
+def _mean(ratios: pd.Series) -> float:
+    """Take the geometric mean; NaN of nothing."""
+    import numpy as np
+
+    return float(np.exp(np.log(ratios.astype(float)).mean())) if len(ratios) else math.nan
+
+
+def left_out(rows: pd.DataFrame) -> pd.DataFrame:
+    """List the peers' launches that were not timed, and why.
+
+    Args:
+        rows: of `measured`.
+    """
+    failed = rows[rows["peer"].notna() & rows["time_us"].isna()]
+    return failed[[*CELL, "peer", "includes", "status", "reason"]].reset_index(drop=True)
+
+
+def conclusion(table: pd.DataFrame) -> str:
+    """Answer in Markdown sentences, computed from the cells.
+
+    Args:
+        table: of `cells`.
+    """
+    if table.empty:
+        return "- Ours were timed beside a peer in no cell."
+    ratios = table[ALL_INSIDE].dropna()
+    alone = table[ALONE].dropna()
+    sentences = [
+        f"With all inside, ours are faster than the best peer in {(ratios > 1).sum()} of "
+        f"{len(ratios)} cells, {_mean(ratios):.2f} times as fast in the geometric mean; against "
+        f"the best matmul alone in {(alone > 1).sum()} of {len(alone)}, {_mean(alone):.2f} times."
+    ]
+    for (kernel, fast), group in table.groupby(["kernel", "fast_accum"], sort=False):
+        inside = group[ALL_INSIDE].dropna()
+        sums = "sums left to the tensor cores" if fast else "sums in fp32"
+        told = f"**{kernel}, {sums}**: "
+        if inside.empty:
+            sentences.append(told + "no peer was timed.")
+            continue
+        worst = group.loc[inside.idxmin()]
+        sentences.append(
+            f"{told}faster in {(inside > 1).sum()} of {len(inside)} cells, "
+            f"{_mean(inside):.2f} times as fast in the mean, from {inside.min():.2f} "
+            f"({worst['model']}, layer {worst['layer']}, M {worst['m']}, against {worst[BEST]}) "
+            f"to {inside.max():.2f}; {100 * _mean(group[OF_ROOF]):.0f}% of the roof."
+        )
+    if noisy := table[NOISY].notna().sum():
+        sentences.append(f"{noisy} of {len(table)} cells rest on a noisy time.")
+    unexplained = ((table[ALL_INSIDE] < 1) & table[REASON].isna()).sum()
+    if unexplained:
+        sentences.append(f"Of {unexplained} cells that ours lose, no reason was found yet.")
+    return "\n".join(f"- {sentence}" for sentence in sentences)
