@@ -74,7 +74,7 @@ DEFAULT = "a8w8,blockscale,a8w4,a4w4"
 
 
 def configurations(group, model, tp, layer, m, fast_accum, target):
-    """Ask for the tuned configuration of each block_m, and for the candidates."""
+    """Ask for the candidates, and for what was tuned for the shape."""
     asked = []
     for candidate in (group.fast if fast_accum else group.precise).split(","):
         tile, warps, stages = candidate.split()
@@ -92,15 +92,9 @@ def configurations(group, model, tp, layer, m, fast_accum, target):
             fast_accum=fast_accum,
         )
     plain = peers.plain(asked[0].problem)
-    for choice in tuned.nearest_of_each(group.kernel, plain, target):
-        asked.append(
-            replace(
-                asked[0],
-                tile=choice.tile,
-                num_warps=choice.num_warps,
-                num_stages=choice.num_stages,
-            )
-        )
+    if best := tuned.best(group.kernel, plain, target):
+        settings = {"num_warps": best.num_warps, "num_stages": best.num_stages}
+        asked.append(replace(asked[0], tile=best.tile, **settings))
     return list(dict.fromkeys(replace(of, problem=plain) for of in asked))
 
 

@@ -158,7 +158,7 @@ def _ways(text: str, ways: list[str]) -> dict[str, Any]:
 X_FORMATS = ("fp8", "mxfp8")
 UNQUANTIZED = ("bf16", "fp32")
 Y_FORMATS = (*UNQUANTIZED, "fp8", "mxfp8")
-SCALE_LAYOUTS = ("rows", "cdna4")
+SCALE_LAYOUTS = ("rows", "cdna4", "hopper")
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class Problem:
         scatter: rows of y go back to where their token and slot are.
         x_format: of x, one of `X_FORMATS` where the kernel takes several; None is its first.
         y_format: one of `Y_FORMATS`; ``fp8`` has a static scale.
-        scale_layout: of w's mx scales, one of `SCALE_LAYOUTS`: ``rows``, or ``cdna4`` as its
-            matrix units read them.
+        scale_layout: of w's mx scales, one of `SCALE_LAYOUTS`: ``rows``, ``cdna4`` as its
+            matrix units read them, or ``hopper``, where w is laid out for its fp8 units too.
         n_bf16: columns of the bf16 weight beside the narrow one; 0 where there is none.
         fast_accum: whole sums are left to Hopper's fp8 tensor cores, with about 14 bits.
     """
@@ -248,7 +248,7 @@ class TensorSpec:
 
 
 # By Triton's names of the types.
-_BYTES = {"fp8e4nv": 1, "fp8e4b8": 1, "u8": 1, "bf16": 2, "i32": 4, "fp32": 4}
+_BYTES = {"fp8e4nv": 1, "fp8e4b8": 1, "u8": 1, "bf16": 2, "i32": 4, "fp32": 4, "i64": 8}
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,9 @@ class Source:
     """A kernel as one launch would call it, for the compiler alone.
 
     Args:
-        fn: the ``triton.jit`` function.
-        args: every parameter by name: `TensorSpec`, number, string or None.
+        fn: the ``triton.jit`` or ``gluon.jit`` function.
+        args: every parameter by name: `TensorSpec`, number, string or None; but for
+            ``NUM_STAGES``, of a Gluon kernel that makes its own copies: the launch's.
         options: launch options that belong to the kernel rather than to the sweep,
             e.g. ``{"matrix_instr_nonkdim": 16}``.
     """

@@ -1,6 +1,7 @@
 """Every byte of the LDS has an owner, with the name that the kernel's source gives it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from test_compiler import MODELS
 
 from moelab import compiler, kernels, lds_map, plan, problems, targets
 from moelab.compiler import maps, pipeline
-from moelab.specs import Configuration, Source, TensorSpec
+from moelab.specs import Configuration, Source, TensorSpec, Tile
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 # What each loop loads into LDS on gfx950, by its name in the source.
@@ -86,6 +87,18 @@ def test_buffers_explain_the_lds_on_other_targets(kernel, target, stages):
         pytest.skip(f"Triton {triton.__version__} rejects {kernel} for {target}")
     buffers = assert_explained(launch(kernel, target, stages))
     assert {"x"} <= {buffer.name for buffer in buffers} or stages == 1
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+@pytest.mark.parametrize("tile", ["16x64x128", "128x128x128+tails1"])
+def test_buffers_of_a_gluon_kernel_are_the_copies_that_it_makes(kernel, tile):
+    problem = problems.problem(MODELS[kernel], 1, 1, 512)
+    of = Configuration(
+        kernel, replace(problem, scale_layout="hopper"), Tile.parse(tile), 4, 5, None, "sm_90"
+    )
+    copied = [buffer for buffer in assert_explained(compiler.specialize(of)) if buffer.copies > 1]
+    assert {buffer.name for buffer in copied} == {"x", "w", "w_scale"}
+    assert {buffer.copies for buffer in copied} == {5}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from triton.runtime.driver import driver
 
 from moelab import compiler, kernels, problems, sweep, targets
 from moelab.compiler import pipeline
-from moelab.kernels import routing
+from moelab.kernels import mxfp4_hopper, routing
 from moelab.kernels.epilogue import SwiGLU
 from moelab.specs import CapturedLaunch, Configuration, TensorSpec, Tile
 
@@ -25,6 +25,7 @@ TYPES = {
     "u8": torch.uint8,
     "bf16": torch.bfloat16,
     "i32": torch.int32,
+    "i64": torch.int64,
     "fp32": torch.float32,
 }
 MODELS = {
@@ -200,6 +201,82 @@ def test_a_tile_or_format_that_a_kernel_refuses_is_a_compile_error_in_its_words(
     refused = configuration(kernel, problem=asked(kernel, **formats), tile=Tile.parse(tile))
     with pytest.raises(compiler.CompileError, match=f"{kernel}: .*{words}"):
         compiler.specialize(refused)
+
+
+def on_hopper(kernel, tile="64x128x128", warps=4, stages=4, **formats):
+    """A kernel's Gluon path."""
+    return configuration(
+        kernel,
+        "sm_90",
+        stages,
+        num_warps=warps,
+        tile=Tile.parse(tile),
+        problem=asked(kernel, scale_layout="hopper", **formats),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+@pytest.mark.parametrize(
+    ("tile", "warps"), [("16x64x128", 4), ("128x128x128", 8), ("128x128x128+tails2", 4)]
+)
+@pytest.mark.parametrize("stages", [3, 6])
+@pytest.mark.parametrize(
+    "formats", [{}, {"layer": 2}, {"y_format": "mxfp8"}, {"fast_accum": True}], ids=str
+)
+def test_lds_of_a_gluon_kernel_is_that_of_its_own_copies(kernel, tile, warps, stages, formats):
+    of = on_hopper(kernel, tile, warps, stages, **formats)
+    launch = compiler.specialize(of)
+    assert_told_what_is_reported(launch)
+    # A step of x, of w and of its scales; what y passes through comes after them.
+    step = of.tile.block_m * 128 + of.tile.block_n * (64 + 4)
+    assert compiler.lds(launch).lds_bytes == stages * step
+
+
+def test_a_gluon_kernel_is_another_for_each_stage_count():
+    launches = [compiler.specialize(on_hopper("moe_gemm_a8w4", stages=n)) for n in (3, 4)]
+    assert len({launch.key for launch in launches}) == len({of.ttir_key for of in launches}) == 2
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"stages": 2}, "num_stages: hopper weights take 3 or more"),
+        ({"warps": 2}, "num_warps: wgmma takes 4 or a multiple"),
+        ({"warps": 16}, "num_warps: each multiplies 16 columns"),
+    ],
+)
+def test_a_schedule_that_a_gluon_kernel_refuses_is_a_compile_error_in_its_words(
+    kernel, schedule, words
+):
+    with pytest.raises(compiler.CompileError, match=words):
+        compiler.lds(compiler.specialize(on_hopper(kernel, **schedule)))
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_compiler_is_told_what_a_gluon_launch_passes(capture, kernel, layer, monkeypatch):
+    of = on_hopper(kernel, layer=layer, m=512)
+    target = targets.get("sm_90")
+    told = compiler.specialize(of)
+    given = kernels.load(kernel).source(of.problem, of.tile, target).args
+    # What launchers are given is x before it is made ready.
+    ready = meta(given["x_ptr"]), meta(given["x_scale_ptr"])
+    monkeypatch.setattr(mxfp4_hopper, "ready_x", lambda *_: ready)
+    before = kernels.load(kernel).source(
+        dataclasses.replace(of.problem, scale_layout="rows"), SMALL, target
+    )
+    x, x_scale = (meta(before.args[name]) for name in ("x_ptr", "x_scale_ptr"))
+    positional, options = launcher_arguments(kernel, of.problem, of.tile, target)
+    _, w, _, w_scale, *rest = positional
+    w = w.view(torch.uint8)
+    launcher = getattr(kernels.load(kernel), kernel)
+    schedule = {"num_warps": 4, "num_stages": 4}
+    launched = capture(target, launcher, x, w, x_scale, w_scale, *rest, **options, **schedule)
+    assert launched.source.signature == told.ast.signature
+    assert launched.source.constants == told.ast.constants
+    assert launched.source.attrs == told.ast.attrs
+    assert launched.options == told.options
 
 
 def test_ttir_that_was_read_back_gives_the_same_lds(monkeypatch):

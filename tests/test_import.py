@@ -82,7 +82,7 @@ def test_specs_know_the_standard_library_alone():
 
 READERS = (
     *("records", "tables", "plots", "lds_map", "targets", "problems", "estimates", "upgrade"),
-    *("advice", "trade", "measurements"),
+    *("advice", "trade", "measurements", "published", "cliffs"),
 )
 
 

@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 
 from moelab import (
+    cliffs,
     compiler,
     estimates,
     lds_map,
     parameters,
     plan,
     problems,
+    published,
     records,
     report,
     tables,
     toolchain,
+    trade,
     upgrade,
 )
 from moelab.parameters import ParameterError
@@ -50,7 +53,7 @@ def guard(path):
     for cell in cells(path):
         for node in ast.walk(ast.parse(source(cell))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("given"):
-                return eval(ast.unparse(node.args[1]), {"plan": plan})
+                return eval(ast.unparse(node.args[1]), {"plan": plan, "trade": trade})
     return None
 
 
@@ -308,3 +311,45 @@ def test_the_upgrades_page_tells_what_changed(tmp_path, monkeypatch, pretend_tri
     assert html.escape(re.sub(r"^- |\*\*", "", conclusion), quote=False) in plain
     if compiler.default_async_copy(TARGETS["gfx950"]):
         assert "less LDS 1" in conclusion
+
+
+# LDS against throughput.
+
+TRADE = FOLDER / "02_lds_vs_throughput.ipynb"
+
+
+def test_the_trades_page_holds_what_measured_and_published_rows_say(tmp_path):
+    given = {
+        "kernels": "moe_gemm_a8w8",
+        "models": "Qwen3-235B-A22B",
+        "layers": 1,
+        "tp": "1",
+        "m": 2560,
+        "published_models": "GPT-OSS 120B",
+    }
+    page = report.render(TRADE, given, tmp_path, progress=False).read_text()
+    assert "Traceback" not in page
+    assert page.count("<img") == 7
+    assert page.count('alt="Figure') == 7
+    plain = re.sub(r"<[^>]+>", "", page)
+
+    rows = trade.chosen(trade.measured(), "moe_gemm_a8w8", "Qwen3-235B-A22B", 1, 1)
+    launches, before = (
+        trade.chosen(published.launches(policy), models="GPT-OSS 120B")
+        for policy in (published.POLICY, problems.BEFORE)
+    )
+    cells = cliffs.cells(launches, published.PUBLISHED, published.CURVE)
+    falls = cliffs.steps(cells, published.CURVE)
+    for conclusion in (
+        trade.conclusion(rows, trade.stages(rows)),
+        published.conclusion(launches, before),
+        cliffs.conclusion(falls, cliffs.quicker(cells, published.CURVE), published.CURVE),
+    ):
+        for sentence in conclusion.splitlines():
+            assert html.escape(re.sub(r"^- |\*\*", "", sentence), quote=False) in plain
+    assert "M 1536 to 2560" in plain
+
+
+def test_rows_that_nobody_measured_are_answered_with_those_there_are(tmp_path):
+    with pytest.raises(ReportError, match="models: no row has 'Kimi'; there are DeepSeek-R1"):
+        report.render(TRADE, {"models": "Kimi"}, tmp_path, progress=False)

@@ -3,9 +3,11 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 
 from moelab import plots, records, trade
+from moelab.parameters import ParameterError
 from moelab.targets import TARGETS
 
 
@@ -30,8 +32,10 @@ def row(num_stages, time_us, spread=0.01, **changed):
         "split_k": 1,
         "num_warps": 4,
         "num_stages": num_stages,
+        "fast_accum": False,
         "mode": "measured",
         "gpu": "a GPU",
+        "run": "a run",
         "status": "ok",
         "lds_bytes": 1024 * num_stages,
         "loaded_lds_bytes": 1024 * num_stages,
@@ -40,6 +44,9 @@ def row(num_stages, time_us, spread=0.01, **changed):
         "time_low_us": time_us and time_us * math.exp(-spread),
         "time_high_us": time_us and time_us * math.exp(spread),
         "tflops": time_us and 1000 / time_us,
+        "roof_tflops": time_us and 200.0,
+        "workgroups_per_cu": time_us and 4 // num_stages,
+        "occupancy_limit": time_us and "lds",
         "schema": 5,
         **changed,
     }
@@ -84,6 +91,140 @@ def test_losses_are_summed_up_over_token_counts(tmp_path):
     assert found["problems"] == 2
 
 
+def test_losses_along_m_are_medians_over_layers_and_tp(tmp_path):
+    rows = [row(1, 20.0), row(2, 10.0), row(1, 20.0, tp=4), row(2, 16.0, tp=4)]
+    (found,) = trade.losses_along_m(trade.stages(measured(tmp_path, *rows))).to_dict("records")
+    assert found["model"] == "Qwen3-235B-A22B"
+    assert found["M 512"] == pytest.approx(35)
+
+
+def test_runs_are_not_mixed(tmp_path):
+    rows = [row(1, 20.0), row(2, 10.0), row(1, 40.0, run="later"), row(2, 30.0, run="later")]
+    compared = trade.stages(measured(tmp_path, *rows))
+    assert list(compared[trade.LOSS]) == pytest.approx([50, 25])
+
+
+def test_fast_sums_are_summed_up_apart(tmp_path):
+    rows = [row(1, 20.0), row(2, 10.0), *(row(n, 9.0, fast_accum=True) for n in (1, 2))]
+    rows = measured(tmp_path, *rows)
+    compared = trade.stages(rows)
+    assert list(trade.losses(compared)["median (%)"]) == pytest.approx([50, 0])
+    told = trade.conclusion(rows, compared)
+    assert "**moe_gemm_a8w8, Qwen3-235B-A22B**: one stage loses 50.0%" in told
+    assert "**moe_gemm_a8w8, Qwen3-235B-A22B, fast sums**: one stage loses 0.0%" in told
+    assert len(plots.lds_against_throughput(rows).axes) == 2
+    assert trade.fastest(rows)["time_us"].tolist() == [10, 9]
+
+
+# What each further stage brings.
+
+
+def test_a_further_stage_brings_throughput_and_costs_bytes(tmp_path):
+    rows = measured(tmp_path, row(1, 20.0), row(2, 10.0), row(3, 11.0), row(5, None, **OUT))
+    first, second = trade.further(rows).to_dict("records")
+    assert [of[trade.STEP] for of in (first, second)] == ["1 -> 2", "2 -> 3"]
+    assert first[trade.ADDED] == 1024
+    assert first["of the limit (%)"] == 50
+    assert first["gained (TFLOP/s)"] == pytest.approx(50)
+    margin = math.exp(math.hypot(0.01, 0.01))
+    assert [first[name] for name in (trade.GAIN, trade.GAIN_LOW, trade.GAIN_HIGH)] == pytest.approx(
+        [100, 100 * (2 / margin - 1), 100 * (2 * margin - 1)]
+    )
+    assert second[trade.GAIN] == pytest.approx(100 * (10 / 11 - 1))
+    assert (first["workgroups per CU"], first["stopped by"]) == (2, "lds")
+
+
+def test_a_stage_that_does_not_fit_costs_bytes_and_brings_nothing(tmp_path):
+    rows = measured(tmp_path, row(1, 20.0), row(2, None, **OUT))
+    (found,) = trade.further(rows).to_dict("records")
+    assert found[trade.ADDED] == 1024
+    assert pd.isna(found[trade.GAIN])
+    assert found["status"] == "out_of_lds"
+    (summed,) = trade.gains(trade.further(rows)).to_dict("records")
+    assert (summed["problems"], summed["doesn't fit"]) == (0, 1)
+
+
+def test_gains_count_only_what_the_intervals_leave_no_doubt_of(tmp_path):
+    rows = [
+        *(row(1, 20.0), row(2, 10.0)),
+        *(row(1, 20.0, m=1536), row(2, 19.9, m=1536)),
+        *(row(1, 10.0, m=2560), row(2, 20.0, m=2560)),
+    ]
+    (found,) = trade.gains(trade.further(measured(tmp_path, *rows))).to_dict("records")
+    assert found["problems"] == 3
+    assert (found["surely faster"], found["surely slower"]) == (1, 1)
+    assert [found[f"{n} (%)"] for n in ("least", "most")] == pytest.approx([-50, 100])
+
+
+# What nothing beats.
+
+
+def test_the_front_is_what_nothing_beats_on_both_lds_and_throughput(tmp_path):
+    rows = measured(
+        tmp_path,
+        *(row(1, 20.0), row(2, 10.0), row(3, 11.0), row(4, 8.0)),
+        # As much LDS as another and slower; and another problem, which beats nobody here.
+        row(2, 10.5, block_n=128),
+        row(1, 1.0, m=1536),
+    )
+    marked = trade.front(rows)
+    assert list(marked[trade.FRONT]) == [True, True, False, True, False, True]
+    listed = trade.configurations(marked)
+    assert list(listed[trade.FRONT].eq("yes")) == [True, True, True, False, False, True]
+    assert listed["of the roof (%)"].iloc[0] == 25
+    (found,) = trade.fronts(marked).to_dict("records")
+    assert [found[name] for name in ("1 stage", "2 stages", "3 stages", "4 stages")] == [
+        *("2 of 2", "1 of 2", "0 of 1", "1 of 1")
+    ]
+
+
+def test_equals_are_both_on_the_front(tmp_path):
+    rows = measured(tmp_path, row(2, 10.0), row(2, 10.0, block_n=128))
+    assert trade.front(rows)[trade.FRONT].all()
+
+
+def test_the_fastest_of_each_problem(tmp_path):
+    rows = [row(1, 20.0), row(2, 10.0), row(3, None, **OUT), row(1, 5.0, m=1536)]
+    assert list(trade.fastest(measured(tmp_path, *rows))["time_us"]) == [10, 5]
+
+
+# Which rows.
+
+
+def test_chosen_rows_are_of_the_kernels_models_layers_and_tp_asked_for(shipped):
+    rows = trade.chosen(shipped, "moe_gemm_a8w8", "Qwen3-235B-A22B", "2", [4])
+    assert len(rows)
+    assert {*zip(rows["kernel"], rows["model"], rows["layer"], rows["tp"], strict=True)} == {
+        ("moe_gemm_a8w8", "Qwen3-235B-A22B", 2, 4)
+    }
+    assert len(trade.chosen(shipped)) == len(shipped)
+    assert set(trade.at(shipped, 512)["m"]) == {512}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tp": "3"}, "tp: no row has 3; there are 1, 4, or all"),
+        ({"kernels": "moe_gemm"}, "kernels: no row has 'moe_gemm'; there are moe_gemm_a4w4,"),
+        ({"layers": "one"}, "'one' in 'one' is not int"),
+        ({"kernels": "moe_gemm_a4w4", "models": "GPT-OSS 120B"}, "no row has all"),
+    ],
+)
+def test_a_choice_that_no_row_has_is_answered_with_what_there_is(shipped, wrong, message):
+    with pytest.raises(ParameterError, match=message):
+        trade.chosen(shipped, **wrong)
+
+
+def test_a_token_count_that_no_row_has_is_answered_with_those_there_are(shipped):
+    with pytest.raises(ParameterError, match="m: no row has 7 tokens; there are 512, 1536,"):
+        trade.at(shipped, 7)
+
+
+def test_a_peers_rows_are_left_out(tmp_path):
+    rows = measured(tmp_path, row(1, 20.0), row(1, 10.0, peer="another"))
+    assert list(rows["time_us"]) == [20]
+
+
 def test_rows_that_were_not_measured_are_told_as_such(tmp_path):
     with pytest.raises(ValueError, match="no row was measured; see `moelab measure`"):
         measured(tmp_path, row(1, None, mode="lds"))
@@ -92,13 +233,57 @@ def test_rows_that_were_not_measured_are_told_as_such(tmp_path):
 def test_the_pictures_show_what_there_is_and_say_where_there_is_nothing(tmp_path):
     plots.use_style()
     rows = measured(tmp_path, row(1, 20.0), row(2, 12.0), row(5, None, **OUT))
-    figure = plots.lds_against_throughput(rows, 512)
-    numbers = [text.get_text() for text in figure.axes[0].texts]
-    assert numbers == ["1", "2"]
+    (axis,) = plots.lds_against_throughput(rows).axes
+    assert axis.get_title("left").endswith("Qwen3-235B-A22B, layer 1, 64x64x64")
+    told = [text.get_text() for text in axis.texts]
+    assert [text for text in told if text.isdigit()] == ["1", "2"]
+    assert "compute: 200" in told
+    crosses = [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "x"]
+    assert [5] in crosses, "what doesn't fit stands at its LDS"
+    (axis,) = plots.further_stages(trade.further(rows)).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1 -> 2\n+1"]
     (axis,) = plots.one_stage_loss(trade.stages(rows)).axes
     assert axis.get_title("left") == "moe_gemm_a8w8, Qwen3-235B-A22B"
-    nothing = plots.lds_against_throughput(rows, 7).axes[0].texts[0].get_text()
-    assert nothing == "nothing was measured at 7 tokens"
+    (axis,) = plots.lds_against_throughput(measured(tmp_path, row(1, None, **OUT))).axes
+    assert [text.get_text() for text in axis.texts] == ["nothing was timed"]
+
+
+def test_a_noisy_time_is_marked_in_picture_table_and_conclusion(tmp_path):
+    rows = measured(tmp_path, row(1, 20.0), row(2, 12.0, spread=0.05))
+    listed = trade.configurations(trade.front(rows))
+    assert list(listed["num_stages"][listed["noisy"].eq("noisy")]) == [2]
+    (axis,) = plots.lds_against_throughput(rows).axes
+    by_lds = {line.get_xdata()[0]: line for line in axis.lines if line.get_ms() == 12}
+    assert [by_lds[count].get_marker() for count in (1, 2)] == ["o", "s"]
+    told = trade.conclusion(rows, trade.stages(rows))
+    assert "1 of these times are noisy" in told
+    quiet = measured(tmp_path, row(1, 20.0), row(2, 12.0))
+    assert "noisy" not in trade.conclusion(quiet, trade.stages(quiet))
+
+
+def test_of_many_tiles_a_picture_names_what_is_on_the_front(tmp_path):
+    tiles = [16 << at for at in range(6)]
+    rows = measured(
+        tmp_path,
+        *(row(1, 20.0 + n, block_n=n) for n in tiles),
+        *(row(2, 10.0 + n, block_n=n) for n in tiles),
+    )
+    (axis,) = plots.lds_against_throughput(rows).axes
+    told = [text.get_text() for text in axis.texts]
+    assert [text for text in told if "x" in text] == ["64x16x64", "64x16x64"]
+    assert sorted(text for text in told if text.isdigit()) == ["1", "2"]
+    points = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert len(points) == 12
+
+
+def test_a_stage_count_has_one_colour_in_every_picture(tmp_path):
+    rows = measured(tmp_path, *(row(count, 20.0 / count) for count in (1, 2, 3)))
+    (axis,) = plots.lds_against_throughput(rows).axes
+    by_lds = {line.get_xdata()[0]: line for line in axis.lines if line.get_ms() == 12}
+    (steps,) = plots.further_stages(trade.further(rows)).axes
+    points = [line for line in steps.lines if line.get_marker() == "o"]
+    assert [line.get_color() for line in points] == [by_lds[n].get_color() for n in (2, 3)]
+    assert len({line.get_color() for line in by_lds.values()}) == 3
 
 
 # What is shipped.

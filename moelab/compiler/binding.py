@@ -124,18 +124,29 @@ def specialize_source(
     Triton's own binder decides what is constant, what is divisible by 16 and what
     spans at most 2 GiB.
     """
-    from triton.compiler import ASTSource
-
     backend, bind = _binder(source.fn, target.name)
     # JITFunction.run adds the debug knob to every launch.
     given = {**source.args, **options, "debug": False}
+    if "NUM_STAGES" in source.fn.arg_names:
+        given["NUM_STAGES"] = options["num_stages"]
     with _without_announcements():
         bound, specialization, excess = bind(**given)
         parsed, signature, constants, attributes = source.fn._pack_args(
             backend, given, bound, specialization, excess
         )
-    ast = ASTSource(source.fn, signature, constants, attributes)
+    ast = _ast_source(source.fn)(source.fn, signature, constants, attributes)
     return bound_launch(ast, parsed, backend, target, async_copy)
+
+
+def _ast_source(fn: Any) -> Any:
+    """Give what Triton compiles a function as: one that goes through TTIR, or Gluon's."""
+    from triton.compiler import ASTSource
+
+    if not fn.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def specialize_types(
@@ -155,7 +166,6 @@ def specialize_types(
         CompileError: an option's value that it refuses.
     """
     import triton.language as tl
-    from triton.compiler import ASTSource
 
     backend = backend_of(target.name)
     _check_options(options, target)
@@ -179,7 +189,7 @@ def specialize_types(
         return "constexpr"
 
     types = {p.name: signature((i,), arguments[p.name]) for i, p in enumerate(fn.params)}
-    ast = ASTSource(fn, types, constants, attributes)
+    ast = _ast_source(fn)(fn, types, constants, attributes)
     with compile_errors(), _without_announcements():
         parsed = backend.parse_options(options)
     launch = bound_launch(ast, parsed, backend, target, async_copy)

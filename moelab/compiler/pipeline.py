@@ -128,13 +128,17 @@ def _allocate(launch: Launch) -> Any:
     ir.load_dialects(context)
     launch.backend.load_dialects(context)
     stages: dict[str, Any] = {}
-    launch.backend.add_stages(stages, options, Language.TRITON)
+    of_ir = isinstance(launch.ast, Ir)
+    language = Language.TRITON if of_ir else launch.ast.language
+    launch.backend.add_stages(stages, options, language)
     metadata = dict(options.__dict__)
-    if isinstance(launch.ast, Ir):
+    if of_ir:
         module = _parsed(launch.ast, context)
-    else:
+    elif language == Language.TRITON:
         module = _ttir(launch, options, stages["ttir"], metadata, context)
-    if not (isinstance(launch.ast, Ir) and launch.ast.stage == "ttgir"):
+    else:
+        module = _unoptimized(launch, options, context)
+    if not (of_ir and launch.ast.stage == "ttgir"):
         module = stages["ttgir"](module, metadata)
     with _leave_after_allocation(launch.target.backend):
         try:

@@ -51,10 +51,7 @@ def finish(
         acc += tl.load(bias_ptr + expert * n + offs_n, mask=offs_n < n, other=0.0)[None, :]
     if SWIGLU:
         gate, up = tl.split(tl.reshape(acc, (acc.shape[0], BLOCK_N // 2, 2)))
-        # The plain minimum drops NaN: a model that diverged would look sound.
-        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        out = gate * tl.sigmoid(alpha * gate) * (up + shift)
+        out = activate(gate, up, alpha, limit, shift)
         n_out = n // 2
         offs_n = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     else:
@@ -66,7 +63,7 @@ def finish(
         if y_scale_ptr.dtype.element_ty == tl.uint8:
             # Columns past n repeat others: they must not set the last group's scale.
             out = tl.where((offs_n < n_out)[None, :], out, 0.0)
-            out, scale = _mxfp8(out)
+            out, scale = mxfp8(out)
             GROUPS: tl.constexpr = scale.shape[1]
             groups = tl.cdiv(n_out, 32)
             offs_group = pid_n * GROUPS + tl.arange(0, GROUPS)
@@ -77,10 +74,7 @@ def finish(
             )
         else:
             out /= tl.load(y_scale_ptr)
-        LARGEST: tl.constexpr = 448.0 if y_ptr.dtype.element_ty == tl.float8e4nv else 240.0
-        # As `formats.quantize_fp8`: finite values saturate, an infinity becomes NaN.
-        finite = tl.abs(out) < float("inf")
-        out = tl.where(finite, tl.clamp(out, -LARGEST, LARGEST), float("nan"))
+        out = saturate(out, y_ptr.dtype.element_ty)
     tl.store(
         y_ptr + y_rows[:, None] * n_out + offs_n[None, :],
         out.to(y_ptr.dtype.element_ty),
@@ -89,7 +83,24 @@ def finish(
 
 
 @triton.jit
-def _mxfp8(x):
+def activate(gate, up, alpha, limit, shift):
+    """Apply `SwiGLU`."""
+    # The plain minimum drops NaN: a model that diverged would look sound.
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return gate * tl.sigmoid(alpha * gate) * (up + shift)
+
+
+@triton.jit
+def saturate(out, dtype: tl.constexpr):
+    """Limit to what an fp8 holds, as `formats.quantize_fp8`: an infinity becomes NaN."""
+    LARGEST: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 240.0
+    finite = tl.abs(out) < float("inf")
+    return tl.where(finite, tl.clamp(out, -LARGEST, LARGEST), float("nan"))
+
+
+@triton.jit
+def mxfp8(x):
     """Divide groups of 32 columns by their e8m0 scale, as `formats.quantize_mxfp8` does.
 
     Returns:

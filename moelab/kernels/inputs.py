@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Problem, Tile
-from . import load
+from . import hopper_weights, load
 from .epilogue import SwiGLU
 from .formats import (
     FP8_BLOCK,
@@ -162,12 +162,16 @@ def draw(
     own: dict[str, Any] = {"k": k} if kernel == "moe_gemm_a4w4" else {}
     if scale_layout:
         own["scale_layout"] = scale_layout
-        w_scales = shuffle_scales_cdna4(w_scales) if scale_layout == "cdna4" else w_scales
+    # Not every build stacks fp8.
+    ws = torch.stack([each.view(torch.uint8) for each in w]).view(w[0].dtype)
+    if scale_layout == "cdna4":
+        w_scales = shuffle_scales_cdna4(w_scales)
+    if scale_layout == "hopper":
+        ws, w_scales = hopper_weights.pack(ws, w_scales, k)
     return Inputs(
         kernel=kernel,
         x=x,
-        # Not every build stacks fp8.
-        w=torch.stack([each.view(torch.uint8) for each in w]).view(w[0].dtype),
+        w=ws,
         x_scale=x_scale,
         w_scale=w_scales,
         routing=routing,

@@ -177,14 +177,24 @@ def check_formats(
     Raises:
         ValueError: it doesn't; the message shows those it takes.
     """
-    if problem.fast_accum and not fast_accum:
-        raise ValueError("fast_accum is True; expected False: this kernel sums in one way")
+    if not fast_accum:
+        check_sums(problem.fast_accum)
     for name, taken in (
         ("x_format", x_formats),
         ("y_format", y_formats),
         ("scale_layout", scale_layouts),
     ):
         one_of(name, getattr(problem, name), taken)
+
+
+def check_sums(fast_accum: bool) -> None:
+    """Check a kernel that can't be told how to sum.
+
+    Raises:
+        ValueError: it was told.
+    """
+    if fast_accum:
+        raise ValueError("fast_accum is True; expected False: this kernel sums in one way")
 
 
 def one_of(name: str, value: str | None, taken: Sequence[str | None]) -> None:

@@ -1,7 +1,8 @@
 """Grouped GEMM over experts, mxfp4 x mxfp4: y[r] = act(x[token(r)] w[expert(r)]^T + b).
 
 As `moe_gemm_a8w4`, but x is mxfp4 too: 32 elements along K of either operand share an
-e8m0 scale, and two elements lie in a byte.
+e8m0 scale, and two elements lie in a byte. Hopper has a kernel of its own, `mxfp4_hopper`,
+for weights that are laid out for it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import triton
 import triton.language as tl
 
 from ..specs import SCALE_LAYOUTS, Cost, Problem, Source, Target, TensorSpec, Tile
-from . import grouped_gemm
+from . import grouped_gemm, mxfp4_hopper
 from .epilogue import finish
 from .formats import dequantize_mxfp4, mx_groups, mx_pairs, without_filler
 from .grouped_gemm import Layer, Options
-from .launch import expect, expect_tile
-from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
+from .launch import check_sums, expect, expect_tile
+from .operands import check_scales, in_rows, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape
 from .routing import Routing, expert_tile, tile_rows
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile or a format.
     """
+    if problem.scale_layout == "hopper":
+        return mxfp4_hopper.source(problem, tile, target, row_scales=True)
     rows, pairs, groups = problem.x_rows, mx_pairs(problem.k), mx_groups(problem.k)
     w_scale = scale_shape(problem.experts, problem.n, problem.k, problem.scale_layout)
     return grouped_gemm.describe(
@@ -169,6 +172,7 @@ def moe_gemm_a4w4(
     *,
     k: int | None = None,
     scale_layout: str = "rows",
+    fast_accum: bool = False,
     **options: Unpack[Options],
 ) -> Any:
     """Multiply each expert's rows by its weight.
@@ -181,8 +185,11 @@ def moe_gemm_a4w4(
         w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0, or shuffled for CDNA4.
         routing: with ``block_m`` of ``tile``.
         k: elements of a row where they are odd; None takes every half byte.
-        scale_layout: of w_scale: ``rows``, or ``cdna4`` as `formats.shuffle_scales_cdna4`
-            gives it.
+        scale_layout: of w_scale: ``rows``, ``cdna4`` as `formats.shuffle_scales_cdna4` gives
+            it, or ``hopper``: w and w_scale as `hopper_weights.pack` gives them, block_k 128
+            and 3 stages or more (4 if not given).
+        fast_accum: leave the whole sum to Hopper's tensor cores, with about 14 bits, rather
+            than add to fp32 every 128; of ``hopper`` weights alone.
         options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
@@ -198,8 +205,15 @@ def moe_gemm_a4w4(
     k = 2 * pairs if k is None else k
     if not isinstance(k, int) or k < 0 or mx_pairs(k) != pairs:
         raise ValueError(f"k is {k}; x has {pairs} bytes a row, which hold {2 * pairs} elements")
-    expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
     expect("x_scale", x_scale, (rows, mx_groups(k)), (torch.uint8,), of=w)
+    # What fills the last byte of x and of w must not meet; w's is left as it is.
+    x = without_filler(x, k)
+    if scale_layout == "hopper":
+        return mxfp4_hopper.launch(
+            x, w, x_scale, w_scale, routing, tile, k=k, fast_accum=fast_accum, **options
+        )
+    check_sums(fast_accum)
+    expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
     check_scales(w_scale, w, k, scale_layout)
     own = {
         "x_scale_ptr": x_scale,
@@ -209,8 +223,6 @@ def moe_gemm_a4w4(
         "scale_stride": w_scale.shape[-1],
         "CDNA4": scale_layout == "cdna4",
     }
-    # What fills the last byte of x and of w must not meet; w's is left as it is.
-    x = without_filler(x, k)
     rules = mx_rules(tile, scale_layout)
     return grouped_gemm.launch(
         _moe_gemm_a4w4_kernel, x, w, own, routing, tile, k=k, rules=rules, **options
@@ -241,7 +253,7 @@ def reference(
     k = 2 * x.shape[-1] if k is None else k
     return grouped_gemm.reference(
         dequantize_mxfp4(x, x_scale, k).double(),
-        dequantize_mxfp4(w, unshuffled(w_scale, w, k, scale_layout), k).double(),
+        dequantize_mxfp4(*in_rows(w, w_scale, k, scale_layout), k).double(),
         routing,
         **layer,
     )

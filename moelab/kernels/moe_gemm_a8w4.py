@@ -3,7 +3,8 @@
 One program computes one BLOCK_M x BLOCK_N tile of one expert: x, w and their scales pass
 through LDS along K, accumulated in fp32. w is mxfp4: 32 elements along K share an e8m0
 scale, which the matrix units (or, where they can't, the compiler's widening) apply. x is
-mxfp8 and scaled likewise, or has one static scale, applied once to the accumulator.
+mxfp8 and scaled likewise, or has one static scale, applied once to the accumulator. Hopper
+has a kernel of its own, `mxfp4_hopper`, for weights that are laid out for it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from ..specs import (
     TensorSpec,
     Tile,
 )
-from . import grouped_gemm
+from . import grouped_gemm, mxfp4_hopper
 from .epilogue import finish
 from .formats import dequantize_mxfp4, dequantize_mxfp8, mx_groups, mx_pairs
 from .grouped_gemm import Layer, Options
-from .launch import expect, expect_tile
-from .operands import check_scales, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape, unshuffled
+from .launch import check_sums, expect, expect_tile
+from .operands import check_scales, in_rows, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape
 from .routing import Routing, expert_tile, tile_rows
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile or a format.
     """
+    if problem.scale_layout == "hopper":
+        return mxfp4_hopper.source(problem, tile, target, row_scales=False)
     rows, groups = problem.x_rows, mx_groups(problem.k)
     x_scales = {
         "fp8": TensorSpec((1,), "fp32"),
@@ -192,6 +195,7 @@ def moe_gemm_a8w4(
     tile: Tile,
     *,
     scale_layout: str = "rows",
+    fast_accum: bool = False,
     **options: Unpack[Options],
 ) -> Any:
     """Multiply each expert's rows by its weight.
@@ -202,8 +206,11 @@ def moe_gemm_a8w4(
         x_scale: ``[1]`` fp32; for mxfp8 e8m0 ``[rows of x, ceil(k / 32)]`` uint8.
         w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0, or shuffled for CDNA4.
         routing: with ``block_m`` of ``tile``.
-        scale_layout: of w_scale: ``rows``, or ``cdna4`` as `formats.shuffle_scales_cdna4`
-            gives it.
+        scale_layout: of w_scale: ``rows``, ``cdna4`` as `formats.shuffle_scales_cdna4` gives
+            it, or ``hopper``: w and w_scale as `hopper_weights.pack` gives them, block_k 128,
+            3 stages or more (4 if not given) and an x with one scale.
+        fast_accum: leave the whole sum to Hopper's tensor cores, with about 14 bits, rather
+            than add to fp32 every 128; of ``hopper`` weights alone.
         options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
@@ -216,10 +223,16 @@ def moe_gemm_a8w4(
     expect_tile(tile)
     expect("x", x, (None, None), (torch.float8_e4m3fn,), of=w)
     rows, k = x.shape
-    expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
     mx_x = getattr(x_scale, "dtype", None) == torch.uint8
     x_scale_shape = (rows, mx_groups(k)) if mx_x else (1,)
     expect("x_scale", x_scale, x_scale_shape, (torch.float32, torch.uint8), of=w)
+    if scale_layout == "hopper":
+        mxfp4_hopper.check_x(mx_x)
+        return mxfp4_hopper.launch(
+            x, w, x_scale, w_scale, routing, tile, k=k, fast_accum=fast_accum, **options
+        )
+    check_sums(fast_accum)
+    expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
     check_scales(w_scale, w, k, scale_layout)
     own = {
         "x_scale_ptr": x_scale,
@@ -262,7 +275,7 @@ def reference(
     import torch
 
     mx_x = x_scale.dtype == torch.uint8
-    w_scale = unshuffled(w_scale, w, x.shape[-1], scale_layout)
+    w, w_scale = in_rows(w, w_scale, x.shape[-1], scale_layout)
     return grouped_gemm.reference(
         dequantize_mxfp8(x, x_scale).double() if mx_x else x.double() * x_scale.double(),
         dequantize_mxfp4(w, w_scale, x.shape[-1]).double(),

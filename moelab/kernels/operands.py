@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..specs import SCALE_LAYOUTS, Tile
+from . import hopper_weights
 from .formats import mx_groups, unshuffle_scales_cdna4
 from .launch import TileRule, expect, one_of
 
@@ -94,6 +95,8 @@ def mxfp4_load(
 def scale_shape(experts: int, n: int, k: int, layout: str) -> tuple[int, int, int]:
     """Give the shape of w's scales; ``cdna4`` packs those of 32 columns into a row.
 
+    ``hopper`` weights have a kernel of their own, `mxfp4_hopper`.
+
     Raises:
         ValueError: there is no such layout; the message lists those there are.
 
@@ -118,11 +121,13 @@ def check_scales(w_scale: Tensor, w: Tensor, k: int, layout: str) -> None:
     expect("w_scale", w_scale, scale_shape(experts, n, k, layout), (torch.uint8,), of=w)
 
 
-def unshuffled(w_scale: Tensor, w: Tensor, k: int, layout: str) -> Tensor:
-    """Read w's scales of any layout as ``[experts, n, groups]``."""
-    if layout == "rows":
-        return w_scale
-    return unshuffle_scales_cdna4(w_scale, w.shape[1], mx_groups(k))
+def in_rows(w: Tensor, w_scale: Tensor, k: int, layout: str) -> tuple[Tensor, Tensor]:
+    """Read w and its scales of any layout as ``[experts, n, pairs]`` and ``..., groups]``."""
+    if layout == "hopper":
+        return hopper_weights.unpack(w, w_scale, k)
+    if layout == "cdna4":
+        w_scale = unshuffle_scales_cdna4(w_scale, w.shape[1], mx_groups(k))
+    return w, w_scale
 
 
 def mx_rules(tile: Tile, layout: str) -> list[TileRule]:

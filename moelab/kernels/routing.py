@@ -120,7 +120,18 @@ def tile_rows(
     Rows past the expert's end read its last one, so that no load needs a mask.
     """
     end = tl.load(expert_end_ptr + expert)
-    rows = row + tl.arange(0, BLOCK_M)
+    return bounded_rows(row + tl.arange(0, BLOCK_M), end, gather_ptr, scatter_ptr, WIDE)
+
+
+@triton.jit
+def bounded_rows(
+    rows,  # [BLOCK_M]
+    end,  # one past the expert's last
+    gather_ptr,
+    scatter_ptr,
+    WIDE: tl.constexpr,
+):
+    """Do what `tile_rows` does to rows that are counted already, in whatever layout."""
     row_mask = rows < end
     rows = tl.minimum(rows, end - 1)
     x_rows = rows

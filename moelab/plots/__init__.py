@@ -3,22 +3,28 @@
 One module for each thing that is drawn; notebooks call all of them as `plots.NAME`.
 """
 
+from .cells import cliffs_along_m, left_along_m, published_lds
 from .maps import lds_map
 from .moves import async_copy_difference, upgrade
 from .stages import lds_against_limit
-from .style import KIB, RED, use_style
-from .throughput import lds_against_throughput, one_stage_loss
+from .style import KIB, RED, stage_colour, use_style
+from .throughput import further_stages, lds_against_throughput, one_stage_loss
 from .trial import estimates_on_trial, verdicts
 
 __all__ = [
     "KIB",
     "RED",
     "async_copy_difference",
+    "cliffs_along_m",
     "estimates_on_trial",
+    "further_stages",
     "lds_against_limit",
     "lds_against_throughput",
     "lds_map",
+    "left_along_m",
     "one_stage_loss",
+    "published_lds",
+    "stage_colour",
     "upgrade",
     "use_style",
     "verdicts",

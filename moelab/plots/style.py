@@ -14,6 +14,8 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, RED, GREY = "#56B4E9", "#D55E00", "#666666"
 # Of things without an order, such as tiles and models.
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+# Of stage counts, from 1: the palette without the red of limits.
+_STAGES = (ORANGE, BLUE, GREEN, PURPLE, SKY, "#F0E442", "black", GREY)
 ROW_INCHES = 0.36
 
 
@@ -47,9 +49,23 @@ def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def mosaic(places: list[list[Any]], **options: Any) -> tuple[Figure, dict[Any, Any]]:
+    """Make a figure with a panel for each name in ``places``; ``"."`` stays free."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplot_mosaic(places, **options)
+    plt.close(figure)
+    return figure, axes
+
+
 def empty(why: str) -> Figure:
     """Say in a figure's place why there is none."""
     figure, axis = subplots(figsize=(9.5, 3 * ROW_INCHES + 1.2))
     axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
     axis.set_axis_off()
     return figure
+
+
+def stage_colour(num_stages: int) -> str:
+    """Give a stage count the same colour in every picture."""
+    return _STAGES[min(num_stages, len(_STAGES)) - 1]

@@ -42,6 +42,7 @@ SPECS = {
     torch.uint8: "u8",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.float32: "fp32",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
