@@ -29,7 +29,6 @@ HOPPER_FAST = """
     256x128x128 8 4, 128x128x128 4 4, 64x128x128 4 4, 32x128x128 4 6, 16x128x128 4 6"""
 HOPPER_PRECISE = """
     128x128x128 8 4, 64x128x128 4 4, 32x128x128 4 6, 16x128x128 4 6"""
-ROWS = "128x128x128 8 3, 64x128x128 4 3, 32x128x128 4 3"
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,7 @@ GROUPS = {
     "a4w4": Group(
         "moe_gemm_a4w4", (("DeepSeek-R1", 1),), _MXFP4, HOPPER_FAST, HOPPER_PRECISE, "hopper"
     ),
-    # Weights as published, for who doesn't lay them out.
-    "a8w4_rows": Group("moe_gemm_a8w4", (("GPT-OSS 120B", 1),), _MXFP4, "", ROWS),
 }
-DEFAULT = "a8w8,blockscale,a8w4,a4w4"
 
 
 def configurations(group, model, tp, layer, m, fast_accum, target):
@@ -104,7 +100,7 @@ def main() -> int:
     )
     parser.add_argument("--out", default="peers.parquet")
     parser.add_argument("--store", default="rows")
-    parser.add_argument("--only", default=DEFAULT, help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--only", default=",".join(GROUPS), help="of these")
     parser.add_argument("--models", help="of those; if not given, all")
     parser.add_argument("--layers", default="1,2")
     parser.add_argument("--m", default="512,2560,8704,15872")

@@ -129,12 +129,16 @@ class Asked:
     def row(self) -> dict[str, Any]:
         """Start its row: a peer has no tile, warps, stages or LDS."""
         own = {name: value for name, value in vars(self).items() if name != "problem"}
-        return own | vars(self.problem) | {
-            "triton": compiler.triton_version(),
-            "status": "ok",
-            "moelab": __version__,
-            "schema": records.SCHEMA_VERSION,
-        }
+        return (
+            own
+            | vars(self.problem)
+            | {
+                "triton": compiler.triton_version(),
+                "status": "ok",
+                "moelab": __version__,
+                "schema": records.SCHEMA_VERSION,
+            }
+        )
 
     def made_by(self) -> dict[str, str]:
         """Name its package and version; nothing of PyTorch, which every row names."""

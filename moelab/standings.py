@@ -61,9 +61,7 @@ def launches(rows: pd.DataFrame) -> pd.DataFrame:
     """
     timed = rows.assign(noisy=measurements.noisy(rows)).dropna(subset=["tflops"])
     is_peer = timed["peer"].notna()
-    return timed.assign(
-        whose=timed["peer"].fillna(OURS), alone=is_peer & (timed["includes"] == "")
-    )
+    return timed.assign(whose=timed["peer"].fillna(OURS), alone=is_peer & (timed["includes"] == ""))
 
 
 def fastest(rows: pd.DataFrame) -> pd.DataFrame:
@@ -100,9 +98,7 @@ def cells(rows: pd.DataFrame, reasons: Path | str = REASONS) -> pd.DataFrame:
             continue
         row: dict[str, Any] = dict(zip(CELL, names, strict=True))
         row |= {OURS: ours["tflops"], CONFIGURATION: _configuration(ours)}
-        row |= {
-            _column(whose, alone): by[whose, alone]["tflops"] for whose, alone in sorted(by)
-        }
+        row |= {_column(whose, alone): by[whose, alone]["tflops"] for whose, alone in sorted(by)}
         deciding = [ours]
         for column, alone in ((ALL_INSIDE, False), (ALONE, True)):
             rivals = [each for (_, is_alone), each in by.items() if is_alone == alone]
@@ -175,10 +171,8 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for names, group in table.groupby(by, sort=False):
         inside = group[ALL_INSIDE].dropna()
-        found.append(
-            (*names, len(group), (inside > 1).sum(), _mean(inside), inside.min(), inside.max())
-            + (_mean(group[ALONE].dropna()), _mean(group[OF_ROOF].dropna()))
-        )
+        over = [len(inside), (inside > 1).sum(), _mean(inside), inside.min(), inside.max()]
+        found.append([*names, *over, _mean(group[ALONE].dropna()), _mean(group[OF_ROOF])])
     figures = ["cells", "faster in", ALL_INSIDE, "least", "most", ALONE, OF_ROOF]
     return pd.DataFrame(found, columns=[*by, *figures])
 
