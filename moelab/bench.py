@@ -309,11 +309,7 @@ def _timed(
     for of, pair in pairs.items():
         found[of]["both_layers_us"] = both[pair].get("time_us")
     for of, row in found.items():
-        if isinstance(of, others.Asked):
-            own = of.made_by()
-        else:
-            own = {"kernel": _source_hash(of.kernel)}
-        row["made_by"] = json.dumps(_made_by() | own)
+        row["made_by"] = json.dumps(_made_by() | _made_by_whom(of))
     return drawn, found
 
 
@@ -534,6 +530,12 @@ def _made_by() -> dict[str, Any]:
         "triton": compiler.triton_version(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
+
+
+def _made_by_whom(of: _Asked) -> dict[str, Any]:
+    if isinstance(of, others.Asked):
+        return of.made_by()
+    return {"kernel": _source_hash(of.kernel)}
 
 
 @functools.cache

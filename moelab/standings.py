@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import measurements, records, tables
 
@@ -28,9 +28,10 @@ CELL = ["kernel", "fast_accum", "model", "layer", "tp", "m"]
 # Along which only M varies.
 CURVE = CELL[:-1]
 
-OURS, CONFIGURATION, OF_ROOF = "ours", "configuration", "of the roof"
+OURS, CONFIGURATION, PEERS = "ours", "configuration", "peers: all inside / matmul alone"
 ALL_INSIDE, ALONE = "over the best peer", "over the best matmul alone"
-BEST, ROOF, NOISY, REASON = "best peer", "roof", "noisy", "why it is slower"
+BEST, ROOF, OF_ROOF = "best peer", "roof", "of the roof"
+NOISY, REASON = "noisy", "why it is slower"
 
 
 def measured(path: Path | str = "") -> pd.DataFrame:
@@ -83,53 +84,54 @@ def cells(rows: pd.DataFrame, reasons: Path | str = REASONS) -> pd.DataFrame:
         reasons: a CSV as `because` reads it.
     Returns:
         a row per cell in which ours were timed: TFLOP/s of our fastest and what configuration
-        that is; of each peer with all inside and, in brackets' column, alone; how many times
-        faster ours is than the best peer, both ways; the share of the measured roof; whether
-        any of the times that decide is noisy; and why ours is slower, where it is and that
-        was found.
+        that is; what each peer reaches, with all inside / its matmul alone; how many times as
+        fast ours is as the best of them, both ways; the measured roof and the share of it;
+        whether a time that decides is noisy; and why ours is slower, where it is and that was
+        found.
     """
     import pandas as pd
 
     found = []
     for names, of_cell in fastest(rows).groupby(CELL, sort=False):
-        by = {(row["whose"], row["alone"]): row for row in of_cell.to_dict("records")}
-        ours = by.pop((OURS, False), None)
-        if ours is None:
+        ours = of_cell[of_cell["whose"] == OURS]
+        if ours.empty:
             continue
-        row: dict[str, Any] = dict(zip(CELL, names, strict=True))
-        row |= {OURS: ours["tflops"], CONFIGURATION: _configuration(ours)}
-        row |= {_column(whose, alone): by[whose, alone]["tflops"] for whose, alone in sorted(by)}
-        deciding = [ours]
-        for column, alone in ((ALL_INSIDE, False), (ALONE, True)):
-            rivals = [each for (_, is_alone), each in by.items() if is_alone == alone]
-            best = max(rivals, key=lambda each: each["tflops"], default=None)
-            if best is None:
-                continue
-            row[column] = ours["tflops"] / best["tflops"]
-            if not alone:
-                row[BEST] = best["whose"]
-                deciding.append(best)
-        row |= {ROOF: ours["roof_tflops"], OF_ROOF: ours["tflops"] / ours["roof_tflops"]}
-        row[NOISY] = "noisy" if any(each["noisy"] for each in deciding) else None
-        found.append(row)
-    peers = sorted({name for row in found for name in row if name.split(" ")[0] in _peers(rows)})
-    columns = [*CELL, OURS, CONFIGURATION, *peers, BEST, ALL_INSIDE, ALONE, ROOF, OF_ROOF, NOISY]
+        ours, peers = ours.iloc[0], of_cell[of_cell["whose"] != OURS]
+        inside, alone = (
+            peers[peers["alone"] == is_alone].sort_values("tflops", ascending=False)
+            for is_alone in (False, True)
+        )
+        deciding = [ours["noisy"], *inside["noisy"][:1]]
+        found.append(
+            dict(zip(CELL, names, strict=True))
+            | {OURS: ours["tflops"], CONFIGURATION: _configuration(ours)}
+            | {PEERS: _reached(inside, alone), BEST: next(iter(inside["whose"]), None)}
+            | {ALL_INSIDE: _over(ours, inside), ALONE: _over(ours, alone)}
+            | {ROOF: ours["roof_tflops"], OF_ROOF: ours["tflops"] / ours["roof_tflops"]}
+            | {NOISY: NOISY if any(deciding) else None}
+        )
+    columns = [*CELL, OURS, CONFIGURATION, PEERS, BEST, ALL_INSIDE, ALONE, ROOF, OF_ROOF, NOISY]
     table = pd.DataFrame(found, columns=columns)
-    slower = table[ALL_INSIDE] < 1
-    return table.assign(**{REASON: because(table, reasons).where(slower, None)})
+    return table.assign(**{REASON: because(table, reasons).where(table[ALL_INSIDE] < 1, None)})
 
 
-def _peers(rows: pd.DataFrame) -> set[str]:
-    return set(rows["peer"].dropna())
+def _over(ours: pd.Series, peers: pd.DataFrame) -> float:
+    return ours["tflops"] / peers["tflops"].iloc[0] if len(peers) else math.nan
 
 
-def _column(whose: str, alone: bool) -> str:
-    return f"{whose} alone" if alone else whose
-
-
-def _configuration(row: dict[str, Any]) -> str:
+def _configuration(row: pd.Series) -> str:
     layout = "" if row["scale_layout"] == "rows" else f", {row['scale_layout']} weights"
     return f"{row['tile']}, {row['num_warps']} warps, {row['num_stages']} stages{layout}"
+
+
+def _reached(inside: pd.DataFrame, alone: pd.DataFrame) -> str:
+    """Spell out what each peer reaches both ways: ``torch 625 / 647``."""
+    both = [dict(zip(each["whose"], each["tflops"], strict=True)) for each in (inside, alone)]
+    spelled = []
+    for name in dict.fromkeys([*both[0], *both[1]]):
+        figures = (f"{each[name]:.0f}" if name in each else "-" for each in both)
+        spelled.append(f"{name} {' / '.join(figures)}")
+    return ", ".join(spelled)
 
 
 def because(table: pd.DataFrame, reasons: Path | str = REASONS) -> pd.Series:

@@ -256,7 +256,9 @@ def test_peers_are_rows_after_ours_timed_with_each_problem_by_itself(machine, tm
     assert rows["peer"].isna().tolist() == [True] * len(asked) + [False] * 8
     peers = rows[len(asked) :]
     assert set(peers["time_us"]) == {100}
-    assert peers[["gpu", "workload", "run", "made_by", "tflops", "roof_tflops"]].notna().all(axis=None)
+    assert (
+        peers[["gpu", "workload", "run", "made_by", "tflops", "roof_tflops"]].notna().all(axis=None)
+    )
     cells = list(peers[["m", "layer", "peer"]].itertuples(index=False, name=None))
     assert set(cells) == {
         (m, layer, name)

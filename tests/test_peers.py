@@ -124,12 +124,12 @@ def test_torch_is_told_how_to_keep_sums_and_torch_precise_is_not(monkeypatch):
 
 
 def test_an_unknown_peer_is_answered_with_those_there_are():
-    with pytest.raises(ValueError, match="no peer 'cutlass'; there are torch, .*, or all"):
+    with pytest.raises(ValueError, match=r"no peer 'cutlass'; there are torch, .*, or all"):
         peers.check(["torch", "cutlass"], [configuration(problem())])
 
 
 def test_peers_of_other_kernels_are_refused():
-    with pytest.raises(ValueError, match="asked are moe_gemm_a8w8; .*deep_gemm: .*blockscale"):
+    with pytest.raises(ValueError, match=r"asked are moe_gemm_a8w8; .*deep_gemm: .*blockscale"):
         peers.check(["deep_gemm"], [configuration(problem())])
 
 
