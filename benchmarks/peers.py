@@ -137,7 +137,7 @@ def main() -> int:
     table = standings.cells(standings.measured(given.out))
     with pd.option_context("display.max_rows", None, "display.width", 250):
         print(rows.groupby(["kernel", "peer", "status"], dropna=False).size())
-        print(table.round(2).to_string(index=False))
+        print(standings.rounded(table).to_string(index=False))
     print(standings.conclusion(table))
     return 0
 

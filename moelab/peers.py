@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, compiler, records, timing
+from .parameters import ParameterError
 from .specs import Configuration, Problem
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def check(names: Collection[str], asked: Iterable[Configuration]) -> None:
     """Refuse what can't be compared, before anything is compiled.
 
     Raises:
-        ValueError: no such peer, one that is compared with no kernel that is asked, or a
+        ParameterError: no such peer, one that is compared with no kernel that is asked, or a
             problem that is not `plain`.
     """
     if not names:
@@ -169,12 +170,12 @@ def check(names: Collection[str], asked: Iterable[Configuration]) -> None:
         problems.add(of.problem)
     for name in names:
         if name not in PEERS:
-            raise ValueError(f"no peer {name!r}; there are {', '.join(PEERS)}, or {ALL}")
+            raise ParameterError(f"no peer {name!r}; there are {', '.join(PEERS)}, or {ALL}")
     if not any(kernels & {*PEERS[name].kernels} for name in names):
         known = "; ".join(f"{name}: {', '.join(PEERS[name].kernels)}" for name in names)
-        raise ValueError(f"asked are {', '.join(sorted(kernels))}; peers have others: {known}")
+        raise ParameterError(f"asked are {', '.join(sorted(kernels))}; peers have others: {known}")
     if any(problem != plain(problem) for problem in problems):
-        raise ValueError("peers know no SwiGLU, bias or routing weights; give plain problems")
+        raise ParameterError("peers know no SwiGLU, bias or routing weights; give plain problems")
 
 
 def ready(

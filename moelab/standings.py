@@ -10,6 +10,7 @@ Frames in, frames and sentences out; no compiler, no GPU.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,9 +47,10 @@ def measured(path: Path | str = "") -> pd.DataFrame:
     with_peers = rows[rows["peer"].notna()]
     if with_peers.empty:
         raise ValueError(f"{path}: no peer was measured; see `moelab measure --peers`")
-    # Only what peers were measured beside.
-    kept = rows[CELL].apply(tuple, axis=1).isin(set(with_peers[CELL].apply(tuple, axis=1)))
-    return tables.labelled(rows[kept])
+    # Of each cell the last run with peers: only what took turns is compared.
+    last = with_peers.groupby(CELL, dropna=False)["run"].last().rename("last run")
+    kept = rows.join(last, on=CELL)["last run"] == rows["run"]
+    return tables.labelled(rows[kept.fillna(False)])
 
 
 def launches(rows: pd.DataFrame) -> pd.DataFrame:
@@ -76,12 +78,12 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
     return timed.loc[best]
 
 
-def cells(rows: pd.DataFrame, reasons: Path | str = REASONS) -> pd.DataFrame:
+def cells(rows: pd.DataFrame, reasons: Path | None = None) -> pd.DataFrame:
     """Set ours beside the peers, cell by cell.
 
     Args:
         rows: of `measured`.
-        reasons: a CSV as `because` reads it.
+        reasons: a CSV as `because` reads it, found by hand for these rows.
     Returns:
         a row per cell in which ours were timed: TFLOP/s of our fastest and what configuration
         that is; what each peer reaches, with all inside / its matmul alone; how many times as
@@ -134,19 +136,26 @@ def _reached(inside: pd.DataFrame, alone: pd.DataFrame) -> str:
     return ", ".join(spelled)
 
 
-def because(table: pd.DataFrame, reasons: Path | str = REASONS) -> pd.Series:
+def reasons_for(rows_path: str, reasons_path: str) -> Path | None:
+    """Choose the reasons that belong to rows: those given, or the shipped rows' own."""
+    if reasons_path:
+        return Path(reasons_path)
+    return None if rows_path else REASONS
+
+
+def because(table: pd.DataFrame, reasons: Path | None) -> pd.Series:
     """Look up the reason of each cell.
 
     Args:
         table: with the columns of `CELL`.
         reasons: a CSV of them and ``reason``; what a line leaves empty holds for all. Of
-            lines that fit, the last counts.
+            lines that fit, the last counts. None knows no reason.
     Raises:
         FileNotFoundError: there is no such file.
     """
     import pandas as pd
 
-    lines = pd.read_csv(reasons, dtype="string").to_dict("records")
+    lines = pd.read_csv(reasons, dtype="string").to_dict("records") if reasons else []
     found = []
     for cell in table[CELL].astype("string").to_dict("records"):
         fits = [
@@ -156,6 +165,11 @@ def because(table: pd.DataFrame, reasons: Path | str = REASONS) -> pd.Series:
         ]
         found.append(fits[-1] if fits else None)
     return pd.Series(found, table.index, dtype=object)
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Round the figures of `cells` for a reader."""
+    return table.round({OURS: 0, ROOF: 0, ALL_INSIDE: 2, ALONE: 2, OF_ROOF: 2})
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
@@ -194,6 +208,25 @@ def left_out(rows: pd.DataFrame) -> pd.DataFrame:
     """
     failed = rows[rows["peer"].notna() & rows["time_us"].isna()]
     return failed[[*CELL, "peer", "includes", "status", "reason"]].reset_index(drop=True)
+
+
+def versions(rows: pd.DataFrame) -> pd.DataFrame:
+    """Name the package of each peer and its version.
+
+    Args:
+        rows: of `measured`.
+    """
+    import pandas as pd
+
+    found = rows.loc[rows["peer"].notna() & rows["made_by"].notna(), ["peer", "made_by"]]
+    ours = set().union(*map(json.loads, rows.loc[rows["peer"].isna(), "made_by"].dropna()))
+    told = []
+    for peer, made_by in found.itertuples(index=False):
+        said = json.loads(made_by)
+        own = {name: value for name, value in said.items() if name not in ours}
+        own = own or {"torch": said.get("torch")}
+        told.append((peer, ", ".join(f"{name} {value}" for name, value in own.items())))
+    return pd.DataFrame(list(dict.fromkeys(told)), columns=["peer", "package"])
 
 
 def conclusion(table: pd.DataFrame) -> str:

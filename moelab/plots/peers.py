@@ -49,6 +49,7 @@ def ours_and_peers(rows: pd.DataFrame) -> Figure:
         roof = panel.drop_duplicates("m").sort_values("m")
         axis.plot(*_points(roof, "roof_tflops"), color="black", lw=1, ls=":")
         axis.set_ylim(0, None)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_ylabel("TFLOP/s")
         axis.grid(axis="y")
     for axis in axes[-2:]:
