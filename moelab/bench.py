@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import inspect
 import json
 import random
 import secrets
@@ -535,10 +533,4 @@ def _made_by() -> dict[str, Any]:
 def _made_by_whom(of: _Asked) -> dict[str, Any]:
     if isinstance(of, others.Asked):
         return of.made_by()
-    return {"kernel": _source_hash(of.kernel)}
-
-
-@functools.cache
-def _source_hash(kernel: str) -> str:
-    source = inspect.getsource(kernels.load(kernel))
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
+    return {"kernel": kernels.source_hash(of.kernel)}

@@ -415,8 +415,106 @@ def measure(
     click.echo("\n" + measurements.tally(rows), err=as_json)
 
 
+@app.command()
+@click.option("--kernel", default="all", help="MoE GEMMs, comma-separated, or all.")
+@click.option("--model", help="Models; if not given, the four of benchmarks/stage_sweep.py.")
+@click.option("--layer", default="all", help="1, 2 or all.")
+@click.option("--tp", default="1,4", help="Tensor parallelism.")
+@click.option("--m", default="512,2560,8704,15872", help="Tokens before top-k.")
+@click.option("--x-format", help="Of x, where the kernel takes several: fp8, mxfp8.")
+@click.option("--scale-layout", default="rows", help="Of mx weights: see `moelab sweep`.")
+@click.option("--fast-accum", is_flag=True, help="With sums left to Hopper's fp8 tensor cores.")
+@click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
+@click.option("--seed", default=0, help="Of inputs and routing.")
+@click.option(
+    "--rows",
+    "measured",
+    type=click.Path(path_type=Path),
+    help="Measure nothing: take a store's measured rows, or a .parquet of them.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .json; if not given, the target's in $MOELAB_TUNED, which launchers read.",
+)
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path),
+    callback=_parquet,
+    help="Write every measured row to a .parquet.",
+)
+@_store
+@_jobs
+@_as_json
+def tune(
+    model: str | None,
+    workload: str,
+    seed: int,
+    measured: Path | None,
+    out: Path | None,
+    export: Path | None,
+    store: Path,
+    jobs: int | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Find the best tile, warps, stages and program order on the GPU at hand, and keep them.
+
+    Launchers take what is kept where no tile is given. Few samples of all that can win are
+    followed by many of the best; the published rules' tile is timed beside them.
+
+    \b
+    Example:
+      moelab tune --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" --out tuned/tuned_sm_90.json
+    """
+    from . import bench, records, tune, tuned
+
+    with _wrong_use():
+        if measured is None:
+            target = bench.gpu().target.name
+            path = _tuned_path(target, out)
+            cells = tune.cells(
+                target=target,
+                models=model or tune.MODELS,
+                **{_PLURAL.get(name, name): value for name, value in asked.items()},
+            )
+            rows = tune.run(cells, store, jobs=jobs, workload=workload, seed=seed)
+        else:
+            rows = records.read(measured).dropna(subset=["time_us"])
+            if rows["target"].nunique() != 1:
+                there = ", ".join(rows["target"].unique()) or "none"
+                raise ValueError(f"{measured}: measured rows of one target are wanted, not {there}")
+            target = rows["target"].iloc[0]
+            path = _tuned_path(target, out)
+        if export is not None:
+            records.export(rows, export)
+        tuned.save(tuned.winners(rows), target, path)
+        gains = tuned.gains(rows)
+    if as_json:
+        click.echo(gains.to_json(orient="records", lines=True), nl=False)
+    else:
+        _print(tuned.mean_gains(gains).round(2))
+        click.echo(f"\n{path}", err=True)
+
+
+def _tuned_path(target: str, out: Path | None) -> Path:
+    """Name the file before anything is measured."""
+    import os
+
+    from . import tuned
+
+    if out is None and not os.environ.get("MOELAB_TUNED"):
+        raise click.UsageError(
+            f"give --out, such as tuned/{tuned.path_of(target).name}, or set MOELAB_TUNED to the "
+            "folder that launchers are to read"
+        )
+    if out is not None and out.suffix != ".json":
+        raise click.UsageError(f"--out {out}: name it {out.with_suffix('.json')}")
+    return out or tuned.path_of(target)
+
+
 # What the command line calls in the singular.
-_PLURAL = {"tile": "tiles", "model": "models", "layer": "layers"}
+_PLURAL = {"kernel": "kernels", "tile": "tiles", "model": "models", "layer": "layers"}
 
 
 def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:

@@ -38,6 +38,7 @@ def examine() -> dict[str, Any]:
             "report": _report(installed),
             "kernels on a GPU": f"yes, on {gpu}" if gpu else f"no: {trouble}",
         },
+        "tuned": _tuned(),
     }
 
 
@@ -84,6 +85,34 @@ def _probe() -> str:
 def _report(installed: dict[str, str | None]) -> str:
     missing = [name for name in ("papermill", "nbconvert") if not installed[name]]
     return f"no: install {', '.join(missing)}" if missing else "yes"
+
+
+def _tuned() -> dict[str, str]:
+    """Say by file what launchers choose from, and which kernels changed since."""
+    from . import tuned
+
+    return {str(path): _choices(path) for path in tuned.files()}
+
+
+def _choices(path: Path) -> str:
+    from . import kernels, tuned
+
+    try:
+        found = tuned.read(path)
+        names = {row["kernel"] for row in found["rows"]}
+        changed = tuned.stale(found, {name: kernels.source_hash(name) for name in names})
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        return f"not usable: {error}"
+    makers = found["made_by"]
+    gpus, dates = ({maker[name] for maker in makers} for name in ("gpu", "date"))
+    said = f"{len(found['rows'])} choices, {', '.join(map(str, sorted(gpus, key=str)))}"
+    said += f", {max(map(str, dates))}"
+    if changed:
+        said += (
+            f"; used but stale: {', '.join(sorted(changed))} changed since, `moelab tune` measures "
+            "anew"
+        )
+    return said
 
 
 def provenance(rows: pd.DataFrame) -> pd.DataFrame:

@@ -265,22 +265,30 @@ def routed_block_m(problem: Problem) -> int:
     return max(16, min(1 << (mean - 1).bit_length(), 128))
 
 
-def ruled_tile(kernel: str, problem: Problem) -> tuple[Tile, int]:
+def ruled_tile(kernel: str, problem: Problem, block_m: int | None = None) -> tuple[Tile, int]:
     """Find the tile and the number of warps that the published rules choose.
 
+    Args:
+        block_m: of a MoE GEMM's routing; None is the one that the rules choose.
     Raises:
-        ValueError: no rule speaks of the kernel.
+        ValueError: no rule speaks of the kernel, or of such a block_m.
     """
     for dense in DENSE_TILE_RULES:
         if kernel == dense.kernel and problem.m <= dense.max_m:
             return dense.tile, dense.num_warps
-    block_m = routed_block_m(problem)
+    block_m = routed_block_m(problem) if block_m is None else block_m
     for rule in TILE_RULES:
         if kernel == rule.kernel and block_m <= rule.max_block_m and problem.n <= rule.max_n:
             tile = Tile(block_m, rule.block_n, rule.block_k)
             while tile.block_n >= 64 and programs(problem, tile) < rule.halve_below_programs:
                 tile = replace(tile, block_n=tile.block_n // 2)
             return tile, rule.num_warps
+    most = max((rule.max_block_m for rule in TILE_RULES if rule.kernel == kernel), default=0)
+    if most:
+        raise ValueError(
+            f"no tile rule for {kernel} with block_m {block_m}; they end at {most}: route with "
+            f"{most} or less, or give a tile"
+        )
     known = sorted({rule.kernel for rule in (*TILE_RULES, *DENSE_TILE_RULES)})
     raise ValueError(
         f"no tile rule for kernel {kernel!r}; there are rules for {', '.join(known)}; "

@@ -769,3 +769,69 @@ def test_peers_that_there_are_not_are_refused_before_anything_is_measured(measur
     result = run(*measured, "--peers", names)
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
+
+
+# tune.
+
+
+def test_tuning_without_a_gpu_says_so(tmp_path):
+    result = run("tune", "--out", tmp_path / "tuned.json", "--store", tmp_path / "rows")
+    assert result.exit_code == 1
+    assert "no GPU" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    from moelab import bench, targets
+
+    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", targets.get("sm_90")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "tuned"], "--out tuned: name it tuned.json"),
+        ([], "give --out, such as tuned/tuned_sm_90.json, or set MOELAB_TUNED"),
+        (["--out", "t.json", "--kernel", "ff_a16w16_fused"], "no 'ff_a16w16_fused'"),
+        (
+            ["--out", "t.json", "--model", "GPT-OSS 120B", "--kernel", "moe_gemm_a8w8"],
+            "served with",
+        ),
+        (["--out", "t.json", "--m", "few"], "m: "),
+        (["--out", "t.json", "--export", "rows.csv"], "name it rows.parquet"),
+    ],
+)
+def test_what_cannot_be_tuned_is_told_before_anything_is_compiled(
+    arguments, words, gpu, no_workers, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOELAB_TUNED", raising=False)
+    result = run("tune", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_measured_before_become_a_file_without_a_gpu(tmp_path):
+    from moelab import trade, tuned
+
+    out = tmp_path / "tuned.json"
+    result = run("tune", "--rows", trade.SHIPPED, "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    gains = [json.loads(line) for line in result.stdout.splitlines()]
+    # Only the published tiles are in it: the best of them is the best there is.
+    assert {row["gain"] for row in gains} == {1}
+    assert len(gains) == len(tuned.read(out)["rows"]) == 260
+
+
+def test_rows_of_several_targets_are_not_one_file(tmp_path):
+    from moelab import trade
+
+    rows = records.read(trade.SHIPPED).dropna(subset=["time_us"]).head(2)
+    path = tmp_path / "rows.parquet"
+    records.export(rows.assign(target=["sm_90", "gfx950"]), path)
+    result = run("tune", "--rows", path, "--out", tmp_path / "tuned.json")
+    assert result.exit_code == 1
+    assert "one target" in result.stderr and "sm_90, gfx950" in result.stderr
+    assert not (tmp_path / "tuned.json").exists()

@@ -123,3 +123,23 @@ def test_provenance_of_rows_without_lds_raises_nothing(rows):
 def test_provenance_outside_a_checkout_says_that_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert facts(ROW)["moelab that reads them"].endswith("commit unknown")
+
+
+def test_what_launchers_choose_from_is_told_and_a_changed_kernel_with_it(tmp_path, monkeypatch):
+    from moelab import kernels, tuned
+
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "nothing")
+    monkeypatch.setenv("MOELAB_TUNED", str(tmp_path))
+    assert health.examine()["tuned"] == {}
+    path = tmp_path / "tuned_sm_90.json"
+    row = tuned.Shape("moe_gemm_a8w8", 8, 2, 64, 64, True)._asdict()
+    row |= {"block_m": 16, "block_n": 64, "block_k": 64, "m": 1, "num_warps": 4, "num_stages": 2}
+    row |= {"time_us": 1.0, "runner_up_us": None, "compared": 1}
+    for source, stale in ((kernels.source_hash("moe_gemm_a8w8"), False), ("another", True)):
+        row["made_by"] = {"source": source, "gpu": "a GPU", "date": "a day"}
+        tuned.save([row], "sm_90", path)
+        said = health.examine()["tuned"][str(path)]
+        assert said.startswith("1 choices, a GPU, a day")
+        assert ("stale: moe_gemm_a8w8 changed" in said) == stale
+    path.write_text("{}")
+    assert health.examine()["tuned"][str(path)].startswith("not usable: ")

@@ -82,7 +82,7 @@ def test_specs_know_the_standard_library_alone():
 
 READERS = (
     *("records", "tables", "plots", "lds_map", "targets", "problems", "estimates", "upgrade"),
-    *("advice", "trade", "measurements", "published", "cliffs", "standings"),
+    *("advice", "trade", "measurements", "published", "cliffs", "tuned", "standings"),
 )
 
 
@@ -95,7 +95,7 @@ def test_what_reads_rows_needs_nothing_that_measures(reader):
 def test_the_compiler_knows_nothing_of_rows_and_kernels_nothing_of_the_compiler():
     assert reached("compiler") & {"records", "sweep", "tables", "plots"} == set()
     kernels = {module for name in MODULES if "kernels" in name for module in reached(name)}
-    assert {name for name in kernels if "kernels" not in name} <= {"specs", "problems"}
+    assert {name for name in kernels if "kernels" not in name} <= {"specs", "problems", "tuned"}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import triton
+from triton.runtime.errors import OutOfResources
 
+from .. import tuned
 from ..specs import Y_FORMATS, Cost, Problem, Source, Target, TensorSpec, Tile
 from . import routing as routing_
+from . import source_hash
 from .epilogue import SwiGLU, finish_reference
 from .formats import MX_GROUP, mx_groups
 from .launch import (
@@ -25,8 +30,10 @@ from .launch import (
     compute_units,
     described,
     expect,
+    expect_tile,
     has_tma,
     one_of,
+    target_name,
 )
 from .routing import Routing
 
@@ -60,13 +67,15 @@ class Options(Layer, total=False):
         y_format: ``bf16`` (the default), ``fp32``, ``fp8`` or ``mxfp8``.
         y_scale: ``[1]`` fp32, the static scale of an ``fp8`` y: it stands for
             ``y * y_scale``, and saturates.
+        num_warps, num_stages: as Triton has them; left out, 8 and 2 for a given tile, else
+            what was tuned with the tile, or as many stages as fit.
         num_xcds: dies of the chip that share no L2 (8 on MI300X and MI355X).
     """
 
     y_format: str
     y_scale: Tensor | None
     num_warps: int
-    num_stages: int
+    num_stages: int | None
     num_xcds: int
 
 
@@ -216,6 +225,73 @@ def describe(
     return Source(kernel, args, dict(amd_options) if target.backend == "hip" else {})
 
 
+def choose(
+    kernel: str,
+    tile: Tile | None,
+    routing: Routing,
+    options: Options,
+    *,
+    w: Tensor,
+    k: int,
+    x_format: str | None = None,
+    scale_layout: str = "rows",
+    fast_accum: bool = False,
+) -> tuple[Tile, Options]:
+    """Take the tile that is given, or else the one that was tuned for this launch.
+
+    Args:
+        kernel: by name.
+        options: those given; warps and stages among them win over the tuned ones.
+        w, k: checked already.
+        x_format, scale_layout: as in `Problem`.
+    Returns:
+        the tile, and the options with its warps and stages; see `tuned.choose`.
+    Raises:
+        ValueError: what is given is no tile; or none is, and none was tuned for this shape
+            with the routing's block_m, but with another: the message says which.
+    """
+    if tile is not None:
+        expect_tile(tile)
+        return tile, options
+    _expect_routing(routing)
+    experts, n = w.shape[:2]
+    tokens = routing.gather_index.numel() // max(routing.top_k, 1)
+    shape = tuned.Shape(
+        kernel,
+        experts,
+        routing.top_k,
+        n,
+        k,
+        options.get("gather", True),
+        x_format,
+        options.get("y_format", "bf16"),
+        scale_layout,
+        fast_accum,
+    )
+    target = target_name(w.device)
+    choice = tuned.choose(shape, tokens, routing.block_m, target)
+    if choice.source is not None:
+        _warn_if_stale(kernel, choice.source, target)
+    schedule = Options(num_warps=choice.num_warps, num_stages=choice.num_stages)
+    return choice.tile, {**schedule, **options}
+
+
+@functools.cache
+def _warn_if_stale(kernel: str, measured: str, target: str) -> None:
+    """Say once that a kernel changed since its configurations were measured."""
+    if measured != (now := source_hash(kernel)):
+        warnings.warn(
+            f"{kernel} changed since it was tuned on {target} (source {measured}, now {now}): its "
+            "configurations are used, and may no longer be the best; `moelab tune` measures anew",
+            stacklevel=4,
+        )
+
+
+def _expect_routing(routing: Any) -> None:
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing is a {type(routing).__name__}; expected a Routing: see router")
+
+
 def launch(
     kernel: Any,
     x: Tensor,
@@ -236,7 +312,7 @@ def launch(
     y_format: str = "bf16",
     y_scale: Tensor | None = None,
     num_warps: int = 8,
-    num_stages: int = 2,
+    num_stages: int | None = 2,
     num_xcds: int = 1,
 ) -> Any:
     """Check what all grouped GEMMs check, allocate y and launch; see `Options`.
@@ -245,6 +321,7 @@ def launch(
         x, w: checked for type and columns already.
         own: the arguments that only this kernel has, by name; already checked.
         rules, ways: the kernel's own; see `launch.check_tile`.
+        num_stages: None is as many as fit, `tuned.MOST_STAGES` at most.
     Returns:
         ``[rows, n]`` of ``y_format``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` the
         elements and their e8m0 scales ``[rows, ceil(columns / 32)]``.
@@ -255,8 +332,7 @@ def launch(
     import torch
 
     experts, n = w.shape[:2]
-    if not isinstance(routing, Routing):
-        raise ValueError(f"routing is a {type(routing).__name__}; expected a Routing: see router")
+    _expect_routing(routing)
     rows, tiles = routing.gather_index.numel(), routing.tile_expert.numel()
     indices = {
         "gather_index": rows,
@@ -287,7 +363,7 @@ def launch(
     if not isinstance(swiglu, SwiGLU | None):
         raise ValueError(f"swiglu is {swiglu!r}; expected a SwiGLU, or None for none")
     check_even("w", n, swiglu is not None)
-    check_schedule(num_warps, num_stages, num_xcds)
+    check_schedule(num_warps, 1 if num_stages is None else num_stages, num_xcds)
     one_of("y_format", y_format, Y_FORMATS)
     if (y_format == "fp8") != (y_scale is not None):
         raise ValueError(
@@ -330,8 +406,38 @@ def launch(
         programs = tiles * triton.cdiv(n, tile.block_n)
         grid = (min(programs, compute_units(w.device)) if tile.persistent else programs,)
         with torch.cuda.device_of(w):
-            kernel[grid](**args, **options, num_warps=num_warps, num_stages=num_stages)
+            launched = functools.partial(kernel[grid], **args, **options, num_warps=num_warps)
+            if num_stages is None:
+                _launch_deepest(launched, (kernel, w.device, num_warps, *map(_kind, args.values())))
+            else:
+                launched(num_stages=num_stages)
     return (y, y_scale) if y_format == "mxfp8" else y
+
+
+# Of launches that take as many stages as fit: how many that is.
+_DEEPEST: dict[tuple[Any, ...], int] = {}
+
+
+def _launch_deepest(launched: Callable[..., Any], kind: tuple[Any, ...]) -> None:
+    """Launch with as many stages as fit, by what Triton refuses at the first launch of a kind.
+
+    Raises:
+        OutOfResources: not even one fits.
+    """
+    for num_stages in range(_DEEPEST.get(kind, tuned.MOST_STAGES), 0, -1):
+        try:
+            launched(num_stages=num_stages)
+        except OutOfResources:
+            if num_stages == 1:
+                raise
+        else:
+            _DEEPEST[kind] = num_stages
+            return
+
+
+def _kind(argument: Any) -> Any:
+    """Tell arguments apart as far as they may compile to other code; a descriptor by its tensor."""
+    return getattr(getattr(argument, "base", argument), "dtype", argument)
 
 
 def cost(problem: Problem, x_row_bytes: int, w_bytes: int) -> Cost:

@@ -107,6 +107,19 @@ def has_tma(device: torch.device) -> bool:
 
 
 @functools.cache
+def target_name(device: torch.device) -> str | None:
+    """Name the target that a device is, known to moelab or not; None where it is no GPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    chip = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(chip.gcnArchName).partition(":")[0]
+    return f"sm_{chip.major}{chip.minor}"
+
+
+@functools.cache
 def compute_units(device: torch.device) -> int:
     """Count a device's compute units (SMs); the interpreter has one."""
     import torch

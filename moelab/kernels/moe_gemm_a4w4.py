@@ -17,7 +17,7 @@ from . import grouped_gemm, mxfp4_hopper
 from .epilogue import finish
 from .formats import dequantize_mxfp4, mx_groups, mx_pairs, without_filler
 from .grouped_gemm import Layer, Options
-from .launch import check_sums, expect, expect_tile
+from .launch import check_sums, expect
 from .operands import check_scales, in_rows, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape
 from .routing import Routing, expert_tile, tile_rows
 
@@ -168,7 +168,7 @@ def moe_gemm_a4w4(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile,
+    tile: Tile | None = None,
     *,
     k: int | None = None,
     scale_layout: str = "rows",
@@ -183,7 +183,8 @@ def moe_gemm_a4w4(
         w: ``[experts, n, ceil(k / 2)]`` uint8, likewise.
         x_scale: ``[rows of x, ceil(k / 32)]`` uint8, e8m0.
         w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0, or shuffled for CDNA4.
-        routing: with ``block_m`` of ``tile``.
+        routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
+        tile: None takes the best that was measured, or the published rules'; see `tuned`.
         k: elements of a row where they are odd; None takes every half byte.
         scale_layout: of w_scale: ``rows``, ``cdna4`` as `formats.shuffle_scales_cdna4` gives
             it, or ``hopper``: w and w_scale as `hopper_weights.pack` gives them, block_k 128
@@ -199,7 +200,6 @@ def moe_gemm_a4w4(
     """
     import torch
 
-    expect_tile(tile)
     expect("x", x, (None, None), (torch.uint8,), of=w)
     rows, pairs = x.shape
     k = 2 * pairs if k is None else k
@@ -215,6 +215,15 @@ def moe_gemm_a4w4(
     check_sums(fast_accum)
     expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
     check_scales(w_scale, w, k, scale_layout)
+    tile, options = grouped_gemm.choose(
+        "moe_gemm_a4w4",
+        tile,
+        routing,
+        options,
+        w=w,
+        k=k,
+        scale_layout=scale_layout,
+    )
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,

@@ -28,7 +28,7 @@ from . import grouped_gemm, mxfp4_hopper
 from .epilogue import finish
 from .formats import dequantize_mxfp4, dequantize_mxfp8, mx_groups, mx_pairs
 from .grouped_gemm import Layer, Options
-from .launch import check_sums, expect, expect_tile
+from .launch import check_sums, expect
 from .operands import check_scales, in_rows, mx_rules, mxfp4_load, mxfp4_pointers, scale_shape
 from .routing import Routing, expert_tile, tile_rows
 
@@ -192,7 +192,7 @@ def moe_gemm_a8w4(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile,
+    tile: Tile | None = None,
     *,
     scale_layout: str = "rows",
     fast_accum: bool = False,
@@ -205,7 +205,8 @@ def moe_gemm_a8w4(
         w: ``[experts, n, ceil(k / 2)]`` uint8, two e2m1 each, the even one in the low half.
         x_scale: ``[1]`` fp32; for mxfp8 e8m0 ``[rows of x, ceil(k / 32)]`` uint8.
         w_scale: ``[experts, n, ceil(k / 32)]`` uint8, e8m0, or shuffled for CDNA4.
-        routing: with ``block_m`` of ``tile``.
+        routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
+        tile: None takes the best that was measured, or the published rules'; see `tuned`.
         scale_layout: of w_scale: ``rows``, ``cdna4`` as `formats.shuffle_scales_cdna4` gives
             it, or ``hopper``: w and w_scale as `hopper_weights.pack` gives them, block_k 128,
             3 stages or more (4 if not given) and an x with one scale.
@@ -220,7 +221,6 @@ def moe_gemm_a8w4(
     """
     import torch
 
-    expect_tile(tile)
     expect("x", x, (None, None), (torch.float8_e4m3fn,), of=w)
     rows, k = x.shape
     mx_x = getattr(x_scale, "dtype", None) == torch.uint8
@@ -234,6 +234,16 @@ def moe_gemm_a8w4(
     check_sums(fast_accum)
     expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
     check_scales(w_scale, w, k, scale_layout)
+    tile, options = grouped_gemm.choose(
+        "moe_gemm_a8w4",
+        tile,
+        routing,
+        options,
+        w=w,
+        k=k,
+        x_format="mxfp8" if mx_x else None,
+        scale_layout=scale_layout,
+    )
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,

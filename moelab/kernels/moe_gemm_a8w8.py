@@ -18,7 +18,7 @@ from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import finish
 from .grouped_gemm import Layer, Options
-from .launch import expect, expect_tile
+from .launch import expect
 from .operands import columns
 from .routing import Routing, every_tile, tile_rows
 
@@ -229,7 +229,7 @@ def moe_gemm_a8w8(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile,
+    tile: Tile | None = None,
     *,
     fast_accum: bool = False,
     **options: Unpack[Options],
@@ -241,7 +241,8 @@ def moe_gemm_a8w8(
         w: ``[experts, n, k]``, dtype of ``x``.
         x_scale: ``[1]`` fp32.
         w_scale: ``[experts]`` fp32.
-        routing: with ``block_m`` of ``tile``.
+        routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
+        tile: None takes the best that was measured, or the published rules'; see `tuned`.
         fast_accum: leave the whole sum to Hopper's tensor cores, with about 14 bits.
         options: see `grouped_gemm.Options`.
     Returns:
@@ -252,12 +253,20 @@ def moe_gemm_a8w8(
     """
     import torch
 
-    expect_tile(tile)
     expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
     experts, _, k = w.shape
     expect("x", x, (None, k), (w.dtype,), of=w)
     expect("x_scale", x_scale, (1,), (torch.float32,), of=w)
     expect("w_scale", w_scale, (experts,), (torch.float32,), of=w)
+    tile, options = grouped_gemm.choose(
+        "moe_gemm_a8w8",
+        tile,
+        routing,
+        options,
+        w=w,
+        k=k,
+        fast_accum=fast_accum,
+    )
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,

@@ -17,7 +17,7 @@ from . import grouped_gemm
 from .epilogue import finish
 from .formats import FP8_BLOCK, dequantize_fp8_blocks, fp8_blocks
 from .grouped_gemm import Layer, Options
-from .launch import AMD_OPTIONS, TileRule, expect, expect_tile
+from .launch import AMD_OPTIONS, TileRule, expect
 from .operands import columns
 from .routing import Routing, every_tile, tile_rows
 
@@ -246,7 +246,7 @@ def moe_gemm_a8w8_blockscale(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile,
+    tile: Tile | None = None,
     **options: Unpack[Options],
 ) -> Any:
     """Multiply each expert's rows by its weight.
@@ -256,8 +256,9 @@ def moe_gemm_a8w8_blockscale(
         w: ``[experts, n, k]``, dtype of ``x``.
         x_scale: ``[rows of x, ceil(k / 128)]`` fp32.
         w_scale: ``[experts, ceil(n / 128), ceil(k / 128)]`` fp32.
-        routing: with ``block_m`` of ``tile``.
-        tile: its ``block_k`` is at most 128.
+        routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
+        tile: with ``block_k`` of 128 or less; None takes the best that was measured, or the
+            published rules'; see `tuned`.
         options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
@@ -267,13 +268,20 @@ def moe_gemm_a8w8_blockscale(
     """
     import torch
 
-    expect_tile(tile)
     expect("w", w, (None, None, None), (torch.float8_e4m3fn, torch.float8_e4m3fnuz), of=w)
     experts, n, k = w.shape
     blocks = fp8_blocks(k)
     expect("x", x, (None, k), (w.dtype,), of=w)
     expect("x_scale", x_scale, (x.shape[0], blocks), (torch.float32,), of=w)
     expect("w_scale", w_scale, (experts, fp8_blocks(n), blocks), (torch.float32,), of=w)
+    tile, options = grouped_gemm.choose(
+        "moe_gemm_a8w8_blockscale",
+        tile,
+        routing,
+        options,
+        w=w,
+        k=k,
+    )
     return grouped_gemm.launch(
         _moe_gemm_a8w8_blockscale_kernel,
         x,

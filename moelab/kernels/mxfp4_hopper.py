@@ -641,7 +641,7 @@ def launch(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile,
+    tile: Tile | None,
     *,
     k: int,
     fast_accum: bool = False,
@@ -659,11 +659,21 @@ def launch(
 
     _check_device(w.device)
     hopper_weights.check(w, w_scale, k)
+    row_scales = x.dtype == torch.uint8
+    tile, options = grouped_gemm.choose(
+        "moe_gemm_a4w4" if row_scales else "moe_gemm_a8w4",
+        tile,
+        routing,
+        options,
+        w=w,
+        k=k,
+        scale_layout="hopper",
+        fast_accum=fast_accum,
+    )
     check_tile(tile, _rules(tile), _WAYS)
     num_warps = options.setdefault("num_warps", 8)
     num_stages = options.setdefault("num_stages", _DEFAULT_STAGES)
     _check_schedule(tile, num_warps, num_stages)
-    row_scales = x.dtype == torch.uint8
     x, x_scale = ready_x(x, x_scale, k)
     own = {
         "x_scale_ptr": x_scale,
