@@ -21,14 +21,16 @@ FAST = """
     128x256x128+tma+tails2 8 4, 128x256x128+tma+persistent 8 3, 64x256x128+tma 4 5,
     32x128x128+tma 4 5, 32x128x256+tma 4 3, 16x128x256+tma 4 4"""
 PRECISE = """
-    128x128x128+tma+tails1 8 3, 64x256x128+tma 8 4, 64x128x128+tma 4 4, 32x128x256+tma 4 3"""
+    128x256x128+specialized 4 4, 64x256x128+tma 8 4, 64x128x128+tma 4 4, 32x128x256+tma 4 3,
+    16x128x256+tma 4 4"""
 BLOCKSCALE = """
-    128x128x128+tma+tails1 8 3, 128x128x128+tma+tails1 8 4, 64x128x128+tma 4 3,
+    128x256x128+specialized 4 4, 128x128x128+tma+tails1 8 4, 64x128x128+tma 4 3,
     64x128x128+tma 4 4, 32x128x128+tma 4 4"""
 HOPPER_FAST = """
-    256x128x128 8 4, 128x128x128 4 4, 64x128x128 4 4, 32x128x128 4 6, 16x128x128 4 6"""
+    256x128x128+tails2 8 4, 128x128x128+tails1 4 4, 128x128x128+tails2 4 4,
+    128x128x128+group8 4 4, 32x256x128 4 5, 32x128x128+tails1 4 4"""
 HOPPER_PRECISE = """
-    128x128x128 8 4, 64x128x128 4 4, 32x128x128 4 6, 16x128x128 4 6"""
+    128x128x128+tails1 8 4, 64x128x128+tails1 4 4, 32x128x128 4 6"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Group:
     scale_layout: str = "rows"
 
 
+_SPARSE = (("GPT-OSS 120B", 1), ("DeepSeek-R1", 1))
 _MXFP4 = ("triton_kernels_bf16", "torch_bf16")
 GROUPS = {
     "a8w8": Group(
@@ -60,12 +63,8 @@ GROUPS = {
     "blockscale": Group(
         "moe_gemm_a8w8_blockscale", (("DeepSeek-R1", 1),), ("deep_gemm",), "", BLOCKSCALE
     ),
-    "a8w4": Group(
-        "moe_gemm_a8w4", (("GPT-OSS 120B", 1),), _MXFP4, HOPPER_FAST, HOPPER_PRECISE, "hopper"
-    ),
-    "a4w4": Group(
-        "moe_gemm_a4w4", (("DeepSeek-R1", 1),), _MXFP4, HOPPER_FAST, HOPPER_PRECISE, "hopper"
-    ),
+    "a8w4": Group("moe_gemm_a8w4", _SPARSE, _MXFP4, HOPPER_FAST, HOPPER_PRECISE, "hopper"),
+    "a4w4": Group("moe_gemm_a4w4", _SPARSE, _MXFP4, HOPPER_FAST, HOPPER_PRECISE, "hopper"),
 }
 
 
@@ -104,8 +103,8 @@ def main() -> int:
     parser.add_argument("--models", help="of those; if not given, all")
     parser.add_argument("--layers", default="1,2")
     parser.add_argument("--m", default="512,2560,8704,15872")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=2)
     given = parser.parse_args()
     try:
         target = bench.gpu().target.name

@@ -37,6 +37,10 @@ REPETITIONS = 10
 
 _Asked = Configuration | others.Asked
 
+# Of elements that Hopper's tensor cores may leave further off than `tolerance` where they keep
+# the sums; one wrong row of 126,976, the most that a model here has, is more.
+_RARE = 5e-6
+
 # Of a roof: products of this size fill every chip.
 _ROOF_SIZE = 8192
 
@@ -415,11 +419,16 @@ def _held_against(
 
 def _against(y: Tensor, expected: Tensor, problem: Problem) -> dict[str, Any]:
     """Tell the largest error of y; status and reason too if it is not the reference's."""
-    error = float((y.double() - expected).abs().max() / expected.abs().max())
-    found: dict[str, Any] = {"largest_error": error}
+    off = (y.double() - expected).abs() / expected.abs().max()
+    allowed = tolerance(problem)
     # NaN is not at most anything.
-    if not error <= (allowed := tolerance(problem)):
-        reason = f"off by {error:.3g} of the largest element; {allowed:.3g} is allowed"
+    share = float((~(off <= allowed)).double().mean())
+    found: dict[str, Any] = {"largest_error": float(off.max())}
+    if share > (_RARE if problem.fast_accum else 0):
+        reason = (
+            f"off by {found['largest_error']:.3g} of the largest element; {allowed:.3g} is "
+            f"allowed, and exceeded by {share:.2g} of the elements"
+        )
         return found | {"status": "wrong_result", "reason": reason}
     return found
 
