@@ -46,6 +46,7 @@ _SINCE: dict[int, dict[str, Any]] = {
         "tma": False,
         "tails": 0,
         "persistent": False,
+        "specialized": False,
         **dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
     },
 }
@@ -80,10 +81,11 @@ COLUMNS = {
     "block_n": "Int64",
     "block_k": "Int64",
     "split_k": "Int64",
-    "group_m": "Int64",  # these four: how programs go about their tiles, as in `Tile`
+    "group_m": "Int64",  # these five: how programs go about their tiles, as in `Tile`
     "tma": "boolean",
     "tails": "Int64",
     "persistent": "boolean",
+    "specialized": "boolean",
     "num_warps": "Int64",
     "num_stages": "Int64",
     "async_copy": "boolean",  # missing where the target has no such switch

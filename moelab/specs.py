@@ -80,6 +80,8 @@ class Tile:
             computed as one of ``block_m / 2^tails`` or more that still holds its rows.
         persistent: one program for each compute unit, which takes tile after tile and loads
             the next one's operands while it stores.
+        specialized: of a persistent program's warps, some only load, by TMA, and the others
+            only multiply (Hopper alone).
 
     >>> str(Tile.parse("64x32x512/7"))
     '64x32x512/7'
@@ -95,13 +97,14 @@ class Tile:
     tma: bool = False
     tails: int = 0
     persistent: bool = False
+    specialized: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Tile:
         """Read ``MxNxK``, or ``MxNxK/S`` where S programs share the reduction.
 
         How to go about it follows, if it is not as usual: ``+group8``, ``+tma``, ``+tails2``,
-        ``+persistent``.
+        ``+persistent``, ``+specialized``.
 
         Raises:
             ValueError: not three powers of two, or no such way; the message shows the text.
@@ -131,6 +134,7 @@ class Tile:
                 ("tma", self.tma),
                 (f"tails{self.tails}", self.tails),
                 ("persistent", self.persistent),
+                ("specialized", self.specialized),
             )
             if said
         )
@@ -143,14 +147,14 @@ class Tile:
 def _ways(text: str, ways: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for way in ways:
-        if way in ("tma", "persistent"):
+        if way in ("tma", "persistent", "specialized"):
             found[way] = True
         elif match := re.fullmatch(r"(group|tails)([1-9]\d*)", way):
             found["group_m" if match[1] == "group" else "tails"] = int(match[2])
         else:
             raise ValueError(
-                f"tile {text!r}: {way!r} is none of group8, tma, tails2 (or other numbers) and "
-                "persistent"
+                f"tile {text!r}: {way!r} is none of group8, tma, tails2 (or other numbers), "
+                "persistent and specialized"
             )
     return found
 

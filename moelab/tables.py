@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from IPython.display import HTML
 
-_WAYS = ["group_m", "tma", "tails", "persistent"]
+_WAYS = ["group_m", "tma", "tails", "persistent", "specialized"]
 
 # A tile with its warps, as one kernel on one target launches it.
 TILING = ["kernel", "target", "triton", "tile", "num_warps"]

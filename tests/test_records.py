@@ -44,6 +44,7 @@ ROW = {
     "tma": True,
     "tails": 2,
     "persistent": True,
+    "specialized": True,
     "num_warps": 4,
     "num_stages": 2,
     "async_copy": True,
@@ -93,6 +94,7 @@ UNSAID_IN_4 = {
     "tma": False,
     "tails": 0,
     "persistent": False,
+    "specialized": False,
     **dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
 }
 UNSAID_IN_3 = UNSAID_IN_4 | dict.fromkeys(

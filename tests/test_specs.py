@@ -24,6 +24,7 @@ PROBLEM = Problem(
     [
         *("1x1x1", "16x64x64", "128x512x256", "64x32x512/7", "64x32x512/7+group8"),
         *("128x256x128+tma", "128x256x128+group1+tma+tails2", "128x256x128+tma+persistent"),
+        "128x256x128+group8+specialized",
     ],
 )
 def test_a_tile_reads_back_what_it_prints(text):

@@ -129,9 +129,10 @@ def _arguments(
     activation = swiglu or SwiGLU()
     largest = max(math.prod(x.shape), math.prod(y.shape), math.prod(w.shape[1:]))
     # A tail's block of x is smaller, and a descriptor has one.
-    x_tma = tile.tma and not gather and not tile.tails
+    w_tma = tile.tma or tile.specialized
+    x_tma = w_tma and not gather and not tile.tails
     own_ways = {
-        "W_TMA": tile.tma,
+        "W_TMA": w_tma,
         "X_TMA": x_tma,
         "TAILS": tile.tails,
         "PERSISTENT": tile.persistent,
@@ -139,8 +140,8 @@ def _arguments(
     return {
         "y_ptr": y,
         "y_scale_ptr": y_scale,
-        "x_ptr": described(x, (tile.block_m, tile.block_k)) if x_tma else x,
-        "w_ptr": described(w, (tile.block_n, tile.block_k)) if tile.tma else w,
+        "x_ptr": described(x, (tile.block_m, tile.block_k), tile.specialized) if x_tma else x,
+        "w_ptr": described(w, (tile.block_n, tile.block_k), tile.specialized) if w_tma else w,
         **own,
         "bias_ptr": bias,
         "weight_ptr": routing.weight if weighted else None,
@@ -404,7 +405,8 @@ def launch(
         )
         options = amd_options if torch.version.hip else {}
         programs = tiles * triton.cdiv(n, tile.block_n)
-        grid = (min(programs, compute_units(w.device)) if tile.persistent else programs,)
+        stays = tile.persistent or tile.specialized
+        grid = (min(programs, compute_units(w.device)) if stays else programs,)
         with torch.cuda.device_of(w):
             launched = functools.partial(kernel[grid], **args, **options, num_warps=num_warps)
             if num_stages is None:

@@ -78,7 +78,7 @@ def check_tile(tile: Tile, rules: Iterable[TileRule], ways: Collection[str] = ()
     """Check that a kernel can take a tile: blocks are powers of two, and its own rules.
 
     Args:
-        ways: those of ``tma``, ``tails`` and ``persistent`` that the kernel has.
+        ways: those of ``tma``, ``tails``, ``persistent`` and ``specialized`` that the kernel has.
     Raises:
         ValueError: it can't; the message shows the tile, what it has and what would fit.
     """
@@ -89,7 +89,7 @@ def check_tile(tile: Tile, rules: Iterable[TileRule], ways: Collection[str] = ()
     ]
     lacking = [
         (name, name in ways or not getattr(tile, name), "none: this kernel does without")
-        for name in ("tma", "tails", "persistent")
+        for name in ("tma", "tails", "persistent", "specialized")
     ]
     for name, met, wanted in (*powers, *lacking, *rules):
         if not met:
@@ -129,24 +129,30 @@ def compute_units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def described(of: Tensor | TensorSpec, block: tuple[int, int]) -> Any:
+def described(of: Tensor | TensorSpec, block: tuple[int, int], gluon: bool = False) -> Any:
     """Describe a tensor's rows to the tensor memory accelerator, of whatever shape they are in.
 
     Args:
         of: ``[..., k]``, contiguous; k elements take whole 16 bytes.
         block: rows and columns that one load takes.
+        gluon: for a Gluon kernel, which is told how fp8 lies in shared memory, 128 bytes a row.
     """
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     k = of.shape[-1]
     rows = math.prod(of.shape[:-1])
+    said = {"base": of, "shape": [rows, k], "strides": [k, 1], "block_shape": list(block)}
+    kind: Any = TensorDescriptor
+    if gluon:
+        kind = GluonDescriptor
+        said["layout"] = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     if not isinstance(of, TensorSpec):
-        return TensorDescriptor(of, [rows, k], [k, 1], list(block))
+        return kind(**said)
     # What makes one asks its tensor for more than Triton's binder does.
-    descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(
-        base=of, shape=[rows, k], strides=[k, 1], block_shape=list(block), padding="zero"
-    )
+    descriptor = object.__new__(kind)
+    vars(descriptor).update(said, padding="zero")
     return descriptor
 
 

@@ -4,7 +4,8 @@ One program computes one BLOCK_M x BLOCK_N tile of one expert: x and w tiles pas
 through LDS along K, accumulated in fp32. Scales are static: one for x, one per expert
 for w, both applied once to the accumulator. Layer 1 gathers x by token and ends in
 SwiGLU; layer 2 reads rows in expert order, weights them by routing and scatters them
-back to their tokens.
+back to their tokens. Hopper has a kernel of its own, `hopper_specialized`, for tiles that
+say so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
-from . import grouped_gemm
+from . import grouped_gemm, hopper_specialized
 from .epilogue import finish
 from .grouped_gemm import Layer, Options
 from .launch import expect
@@ -206,6 +207,9 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
     Raises:
         ValueError: the kernel can't take the tile.
     """
+    scales = TensorSpec((1,), "fp32"), TensorSpec((problem.experts,), "fp32")
+    if tile.specialized:
+        return hopper_specialized.source(problem, tile, target, *scales, blockscale=False)
     return grouped_gemm.describe(
         _moe_gemm_a8w8_kernel,
         problem,
@@ -214,8 +218,8 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         x=TensorSpec((problem.x_rows, problem.k), target.fp8),
         w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
         own={
-            "x_scale_ptr": TensorSpec((1,), "fp32"),
-            "w_scale_ptr": TensorSpec((problem.experts,), "fp32"),
+            "x_scale_ptr": scales[0],
+            "w_scale_ptr": scales[1],
             "MAX_IMPRECISE": None if problem.fast_accum else min(PROMOTE_EVERY, tile.block_k),
         },
         ways=grouped_gemm.WAYS,
@@ -243,6 +247,7 @@ def moe_gemm_a8w8(
         w_scale: ``[experts]`` fp32.
         routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
         tile: None takes the best that was measured, or the published rules'; see `tuned`.
+            A ``specialized`` one is 128x256x128, with 4 warps, on Hopper.
         fast_accum: leave the whole sum to Hopper's tensor cores, with about 14 bits.
         options: see `grouped_gemm.Options`.
     Returns:
@@ -267,6 +272,13 @@ def moe_gemm_a8w8(
         k=k,
         fast_accum=fast_accum,
     )
+    if tile.specialized:
+        return hopper_specialized.launch(
+            *(x, w, x_scale, w_scale, routing, tile),
+            blockscale=False,
+            fast_accum=fast_accum,
+            **options,
+        )
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,

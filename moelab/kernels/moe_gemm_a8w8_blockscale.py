@@ -2,7 +2,8 @@
 
 As `moe_gemm_a8w8`, but every 128 elements of a row of x share an fp32 scale, and so do
 every 128 x 128 elements of w (DeepSeek-V3 report, arXiv:2412.19437, section 3.3.2). A
-step along K stays within a block: its product is scaled once, then added in fp32.
+step along K stays within a block: its product is scaled once, then added in fp32. Hopper
+has a kernel of its own, `hopper_specialized`, for tiles that say so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..specs import Cost, Problem, Source, Target, TensorSpec, Tile
-from . import grouped_gemm
+from . import grouped_gemm, hopper_specialized
 from .epilogue import finish
 from .formats import FP8_BLOCK, dequantize_fp8_blocks, fp8_blocks
 from .grouped_gemm import Layer, Options
@@ -222,6 +223,12 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         ValueError: the kernel can't take the tile.
     """
     blocks = fp8_blocks(problem.k)
+    scales = (
+        TensorSpec((problem.x_rows, blocks), "fp32"),
+        TensorSpec((problem.experts, fp8_blocks(problem.n), blocks), "fp32"),
+    )
+    if tile.specialized:
+        return hopper_specialized.source(problem, tile, target, *scales, blockscale=True)
     return grouped_gemm.describe(
         _moe_gemm_a8w8_blockscale_kernel,
         problem,
@@ -229,11 +236,7 @@ def source(problem: Problem, tile: Tile, target: Target) -> Source:
         target,
         x=TensorSpec((problem.x_rows, problem.k), target.fp8),
         w=TensorSpec((problem.experts, problem.n, problem.k), target.fp8),
-        own={
-            "x_scale_ptr": TensorSpec((problem.x_rows, blocks), "fp32"),
-            "w_scale_ptr": TensorSpec((problem.experts, fp8_blocks(problem.n), blocks), "fp32"),
-            "blocks": blocks,
-        },
+        own={"x_scale_ptr": scales[0], "w_scale_ptr": scales[1], "blocks": blocks},
         rules=_rules(tile),
         ways=grouped_gemm.WAYS,
         amd_options=_AMD_OPTIONS,
@@ -258,7 +261,8 @@ def moe_gemm_a8w8_blockscale(
         w_scale: ``[experts, ceil(n / 128), ceil(k / 128)]`` fp32.
         routing: with ``block_m`` of ``tile``, or one that was tuned: `tuned.block_m_for`.
         tile: with ``block_k`` of 128 or less; None takes the best that was measured, or the
-            published rules'; see `tuned`.
+            published rules'; see `tuned`. A ``specialized`` one is 128x256x128, with 4 warps,
+            on Hopper.
         options: see `grouped_gemm.Options`.
     Returns:
         y ``[rows, n]``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` its scales too.
@@ -282,6 +286,10 @@ def moe_gemm_a8w8_blockscale(
         w=w,
         k=k,
     )
+    if tile.specialized:
+        return hopper_specialized.launch(
+            x, w, x_scale, w_scale, routing, tile, blockscale=True, **options
+        )
     return grouped_gemm.launch(
         _moe_gemm_a8w8_blockscale_kernel,
         x,
