@@ -342,12 +342,21 @@ def _refuse_beside(option: str, *names: str) -> None:
 @click.option("--seed", default=0, help="Of inputs and routing.")
 @click.option("--rounds", default=12, help="Turns of all configurations of a problem.")
 @click.option("--repetitions", default=10, help="Samples of each in a round.")
+@click.option(
+    "--peers",
+    is_flag=False,
+    flag_value="all",
+    default="",
+    metavar="[NAMES]",
+    help="Other people's kernels that take turns with ours; without names all.",
+)
 @_as_json
 def measure(
     workload: str,
     seed: int,
     rounds: int,
     repetitions: int,
+    peers: str,
     kernel: str,
     export: Path | None,
     store: Path,
@@ -361,12 +370,21 @@ def measure(
     the L2. Beside each time stands what compute and bandwidth allow, measured in the same run.
     With --layer all, both layers are timed together too.
 
+    --peers sets the grouped GEMMs of PyTorch, triton_kernels and DeepGEMM beside ours, as far
+    as they are installed. They know no SwiGLU, bias or routing weights, so that ours leave
+    them out too; each is timed alone, and with the gather, padding and scatter that ours do.
+
     \b
     Example:
       moelab measure --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" \\
         --tile 128x128x128,128x256x128 --warps 8 --stages 1,2,3,4 --export measured.parquet
+      moelab measure --kernel moe_gemm_a8w8 --tile 128x256x128+tma --warps 8 --stages 3 \\
+        --fast-accum --peers torch,triton_kernels
     """
+    from dataclasses import replace
+
     from . import bench, measurements, plan, records
+    from . import peers as others
 
     with _wrong_use():
         asked = plan.grid(
@@ -374,6 +392,9 @@ def measure(
             targets=bench.gpu().target.name,
             **{_PLURAL.get(name, name): value for name, value in same.items()},
         )
+        if names := others.named(peers):
+            asked = [replace(of, problem=others.plain(of.problem)) for of in asked]
+            others.check(names, asked)
         rows = bench.measure(
             asked,
             store,
@@ -382,6 +403,7 @@ def measure(
             rounds=rounds,
             repetitions=repetitions,
             jobs=jobs,
+            peers=names,
         )
         if export is not None:
             records.export(rows, export)

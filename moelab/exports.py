@@ -121,7 +121,8 @@ def select(rows: pd.DataFrame, format: str, target: str, **wanted: Collection[st
         raise ExportError(
             f"{format} has no place for {', '.join(unknown)}; it takes {', '.join(kernels)}"
         )
-    of_models = rows[rows["model"].isin(list(problems.MODELS))]
+    # A peer's kernel has no configuration.
+    of_models = rows[rows["model"].isin(list(problems.MODELS)) & rows["peer"].isna()]
     kept = of_models[of_models["target"] == target]
     if kept.empty:
         there = _listed(of_models["target"]) or "none at all"

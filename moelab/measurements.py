@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 # Two measurements of the same build must agree within this share of the time.
 AGREEMENT = 0.02
 
-DIFFERENCE = "difference (%)"
-
 # What the FLOPs of two layers that follow each other depend on.
 _LAYERS = ["model", "tp", "m"]
+_PROBLEM = ["kernel", *_LAYERS, "layer", "fast_accum", "x_format", "scale_layout"]
+
+DIFFERENCE = "difference (%)"
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -28,13 +29,18 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: of `bench.measure`.
     Returns:
-        a row for each; both layers together where they were timed so, what held the clocks
-        down, and which times are `noisy`, where there are any.
+        a row for each, those of peers after ours of the same problem; both layers together
+        where they were timed so, what held the clocks down, and which times are `noisy`, where
+        there are any.
     """
+    # Of equal keys the first comes first.
+    of_problem = rows.groupby(_PROBLEM, sort=False, dropna=False).ngroup()
+    rows = rows.loc[of_problem.sort_values(kind="stable").index]
     labelled = tables.labelled(rows)
     problem = [name for name in ("model", "layer", "tp", "m") if rows[name].nunique() > 1]
     half = (rows["time_high_us"] - rows["time_low_us"]) / 2 / rows["time_us"] * 100
-    told = labelled[["kernel", *problem, "tile", "num_warps", "num_stages", "lds_bytes", "status"]]
+    by = ["peer", "includes", "tile", "num_warps", "num_stages"]
+    told = labelled[["kernel", *problem, *by, "lds_bytes", "status"]]
     figures = {
         "time (us)": rows["time_us"].round(1),
         "+- (%)": half.round(2),
@@ -104,6 +110,11 @@ def tally(rows: pd.DataFrame) -> str:
         f"LDS told = loaded in {equal} of {len(loaded)}; OutOfResources {refused.sum()}; "
         f"told to fit and left out {(fits.fillna(False) & ~launched).sum()}",
     ]
+    of_peers = rows[rows["peer"].notna()]
+    left_out = of_peers[of_peers["time_us"].isna()]
+    if len(left_out):
+        why = ", ".join(sorted(set(left_out["peer"] + " " + left_out["status"])))
+        lines.append(f"{len(of_peers) - len(left_out)} launches of peers timed; not timed: {why}")
     held = timed[timed["throttled"].fillna("") != ""]
     if len(held):
         why = ", ".join(sorted({each for of in held["throttled"] for each in of.split(",")}))

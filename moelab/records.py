@@ -95,7 +95,7 @@ COLUMNS = {
     "workload": "string",  # routing: which experts tokens visit, and the seed
     "run": "string",  # one call's, whose rows were interleaved
     "peer": "string",  # whose kernel it is, if not ours: it has no tile
-    "includes": "string",  # what of gather and padding a peer's time includes
+    "includes": "string",  # what of gather, padding and scatter a peer's time includes
     "status": "string",  # one of STATUSES
     "reason": "string",  # why the status isn't ok
     "lds_bytes": "Int64",
@@ -146,6 +146,7 @@ STATUSES = {
     "compile_error": "the compiler rejects it; `reason` has its words",
     "crashed": "the compiler died; `reason` has its last words",
     "timeout": "the compiler did not finish in time",
+    "unavailable": "a peer that can't run here; `reason` says what it lacks",
 }
 
 # Worth asking again: these say nothing of the configuration.

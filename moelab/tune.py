@@ -38,6 +38,11 @@ _BLOCK_K = {
 # Weights laid out for Hopper lie by one.
 _HOPPER_BLOCK_K = (128,)
 _WARPS = (4, 8)
+# Hopper has a kernel of its own, of one tile.
+_SPECIALIZED = {
+    kernel: (Tile(128, 256, 128, specialized=True), 4)
+    for kernel in ("moe_gemm_a8w8", "moe_gemm_a8w8_blockscale")
+}
 
 # Of fp32 sums a thread may hold so many, half the registers that it has: the other half is for
 # operands, addresses and, in two kernels, a second accumulator. On sm_90 (Triton 3.6.0) tiles
@@ -121,6 +126,8 @@ def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
         most = target.registers_per_thread // 2 + 1
         if _LEAST_SUMS <= sums <= most:
             tilings.append((Tile(m, n, k), warps))
+    if kernel in _SPECIALIZED and 128 in sizes and not problem.fast_accum:
+        tilings.append(_SPECIALIZED[kernel])
     return [
         Configuration(kernel, problem, tile, warps, tuned.MOST_STAGES, "default", target.name)
         for tile, warps in dict.fromkeys(tilings)

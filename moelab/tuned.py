@@ -418,7 +418,8 @@ def _comparable(rows: pd.DataFrame, *also: str) -> Iterator[pd.DataFrame]:
     """
     by = ["kernel", *(name for name in _PROBLEM_FIELDS if name in rows), *also]
     settings = [name for name in (*_TILE, "num_warps", "num_stages") if name in rows]
-    timed = rows.dropna(subset=["time_us"]).astype(object)
+    # A peer's kernel has no configuration.
+    timed = rows[rows["peer"].isna()].dropna(subset=["time_us"]).astype(object)
     timed = timed.where(timed.notna(), None)
     for _, of_one in timed.groupby(by, sort=False, dropna=False):
         samples = of_one["samples_us"].map(lambda text: sum(map(len, json.loads(text))))

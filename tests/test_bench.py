@@ -11,6 +11,7 @@ import pytest
 
 from moelab import advice, bench, compiler, measurements, plan, records, targets, timing
 from moelab.bench import MeasureError, Roofs
+from moelab.peers import Asked, plain
 from moelab.timing import ContextLost
 
 
@@ -138,7 +139,15 @@ class Machine:
             layer=layer,
             drawn_for=(of_problem[0].kernel, replace(of_problem[0].problem, m=0)),
         )
-        return drawn, {of: lambda: None for of in of_problem}, {of: {} for of in of_problem}
+        asked = [
+            *of_problem,
+            *(
+                Asked(o.kernel, o.problem, o.target, name, "")
+                for o in of_problem[:1]
+                for name in how.peers
+            ),
+        ]
+        return drawn, {of: lambda: None for of in asked}, {of: {} for of in asked}
 
     def timed(self, fitting, *rest):
         self.held = 0
@@ -233,6 +242,48 @@ def test_a_lost_context_ends_the_run_and_keeps_what_was_finished(machine, tmp_pa
     (lost,) = kept[kept["status"] == "launch_error"].to_dict("records")
     assert (lost["m"], lost["num_stages"]) == (1536, culprit.num_stages)
     assert set(kept.loc[kept["status"] == "ok", "m"]) == {512}
+
+
+def plain_problems(**changed):
+    return [replace(of, problem=plain(of.problem)) for of in both_layers(**changed)]
+
+
+def test_peers_are_rows_after_ours_timed_with_each_problem_by_itself(machine, tmp_path):
+    gpu = machine(room=1)
+    asked = plain_problems(m="512,1536", layers="1,2")
+    rows = bench.measure(asked, tmp_path, progress=False, peers=("torch", "triton_kernels"))
+    assert len(rows) == len(asked) + 2 * 4
+    assert rows["peer"].isna().tolist() == [True] * len(asked) + [False] * 8
+    peers = rows[len(asked) :]
+    assert set(peers["time_us"]) == {100}
+    assert (
+        peers[["gpu", "workload", "run", "made_by", "tflops", "roof_tflops"]].notna().all(axis=None)
+    )
+    cells = list(peers[["m", "layer", "peer"]].itertuples(index=False, name=None))
+    assert set(cells) == {
+        (m, layer, name)
+        for m in (512, 1536)
+        for layer in (1, 2)
+        for name in ("torch", "triton_kernels")
+    }
+    # As many FLOPs as ours, in the same time.
+    assert rows.groupby(["m", "layer"])["tflops"].nunique().eq(1).all()
+    assert "kernel" in json.loads(rows["made_by"].iloc[0])
+    assert "kernel" not in json.loads(peers["made_by"].iloc[0])
+    # No layer was held beside another, and no time is of both.
+    assert rows["both_layers_us"].isna().all()
+    assert len(gpu.reused) == 4
+    kept = records.read(tmp_path)
+    assert sorted(kept["peer"].dropna()) == ["torch"] * 4 + ["triton_kernels"] * 4
+
+
+def test_a_peer_that_loses_the_context_is_a_kept_row(machine, tmp_path):
+    asked = plain_problems(layers=1)
+    machine(lost=[Asked(asked[0].kernel, asked[0].problem, "sm_90", "torch", "")])
+    with pytest.raises(MeasureError, match="CUDA error"):
+        bench.measure(asked, tmp_path, progress=False, peers=("torch",))
+    (lost,) = records.read(tmp_path).to_dict("records")
+    assert (lost["peer"], lost["status"], lost["m"]) == ("torch", "launch_error", 512)
 
 
 # On a GPU.

@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import cli, compiler, plan, records, report, sweep, toolchain
+from moelab import cli, compiler, peers, plan, records, report, sweep, toolchain
 from moelab.cli import app
 from moelab.kernels import KERNELS
 from moelab.problems import DENSE
@@ -729,6 +729,46 @@ def test_measured_rows_as_json_are_all_of_stdout(measured):
     result = run(*measured, "--json")
     assert [json.loads(line)["time_us"] for line in result.stdout.splitlines()] == [100, None]
     assert "LDS told = loaded in 1 of 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([], ()),
+        (["--peers"], tuple(peers.PEERS)),
+        (["--peers", "all"], tuple(peers.PEERS)),
+        (["--peers", "torch,triton_kernels"], ("torch", "triton_kernels")),
+    ],
+)
+def test_peers_are_asked_for_by_name_or_all_with_problems_that_they_compute(
+    measured, monkeypatch, given, names
+):
+    from moelab import bench
+
+    told, stand_in = {}, bench.measure
+
+    def measure(asked, store, **options):
+        told.update(asked=asked, **options)
+        return stand_in(asked, store)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert run(*measured, *given).exit_code == 0
+    assert told["peers"] == names
+    plain = [of.problem == peers.plain(of.problem) for of in told["asked"]]
+    assert plain == [bool(names)] * len(plain)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("cutlass", "no peer 'cutlass'; there are torch, torch_precise,"),
+        ("deep_gemm", "asked are moe_gemm_a8w8; peers have others: deep_gemm"),
+    ],
+)
+def test_peers_that_there_are_not_are_refused_before_anything_is_measured(measured, names, words):
+    result = run(*measured, "--peers", names)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
 
 
 # tune.

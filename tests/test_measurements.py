@@ -144,6 +144,28 @@ def test_the_table_has_what_there_is_and_marks_what_to_distrust():
     assert marks.iloc[1].isna().all()
 
 
+def of_peer(**changed):
+    no_tile = dict.fromkeys(("block_m", "block_n", "block_k", "split_k", "num_warps"))
+    return row(peer="torch", includes="gather", **no_tile, **changed)
+
+
+def test_peers_stand_in_the_table_after_ours_of_the_same_problem():
+    rows = records.frame([row(), row(m=1536), of_peer(time_us=50.0), of_peer(m=1536)])
+    table = measurements.table(rows)
+    assert list(table["m"]) == [512, 512, 1536, 1536]
+    assert list(table["peer"].fillna("ours")) == ["ours", "torch"] * 2
+    assert list(table["tile"].fillna("none")) == ["64x128x128", "none"] * 2
+    assert list(table["time (us)"]) == [100, 50, 100, 100]
+    assert {"peer", "includes"} & set(measurements.table(rows[:2])) == set()
+
+
+def test_peers_that_were_not_timed_are_counted_apart():
+    missing = of_peer(time_us=None, status="unavailable", reason="no module torch")
+    lines = tally(row(), of_peer(), missing)
+    assert lines[0].startswith("1 configurations asked, 1 launched, 1 timed; not timed: none")
+    assert lines[2:] == ["1 launches of peers timed; not timed: torch unavailable"]
+
+
 # A second run.
 
 

@@ -18,11 +18,13 @@ from moelab import (
     estimates,
     lds_map,
     parameters,
+    peers,
     plan,
     problems,
     published,
     records,
     report,
+    standings,
     tables,
     toolchain,
     trade,
@@ -353,3 +355,58 @@ def test_the_trades_page_holds_what_measured_and_published_rows_say(tmp_path):
 def test_rows_that_nobody_measured_are_answered_with_those_there_are(tmp_path):
     with pytest.raises(ReportError, match="models: no row has 'Kimi'; there are DeepSeek-R1"):
         report.render(TRADE, {"models": "Kimi"}, tmp_path, progress=False)
+
+
+# Ours and peers.
+
+PEERS = FOLDER / "05_kernels_and_peers.ipynb"
+
+
+def test_the_peers_page_holds_every_cell_and_what_the_rows_say(tmp_path, fabricated_peers):
+    given = {"rows_path": str(fabricated_peers), "models": "Qwen3-235B-A22B"}
+    page = report.render(PEERS, given, tmp_path, progress=False).read_text()
+    assert "Traceback" not in page
+    assert page.count("<img") == 1
+    rows = trade.chosen(standings.measured(fabricated_peers), models="Qwen3-235B-A22B")
+    table = standings.cells(rows)
+    assert len(table) == 4
+    plain = re.sub(r"<[^>]+>", "", page)
+    for sentence in standings.conclusion(table).splitlines():
+        assert html.escape(re.sub(r"^- |\*\*", "", sentence), quote=False) in plain
+    for reached in table[standings.PEERS]:
+        assert f"<td>{reached}</td>" in page
+    assert "no module deep_gemm" in page
+
+
+@pytest.fixture
+def fabricated_peers(tmp_path):
+    """Rows as `bench.measure` gives them, of ours and two peers."""
+    rows = []
+    for of in plan.grid(
+        kernels="moe_gemm_a8w8",
+        targets="sm_90",
+        models="Qwen3-235B-A22B,Llama4 Maverick",
+        layers="all",
+        m="512,1536",
+        stages=2,
+    ):
+        problem = peers.plain(of.problem)
+        timed = {
+            "mode": "measured",
+            "status": "ok",
+            "run": "today",
+            "gpu": "a GPU",
+            "roof_tflops": 900.0,
+            "made_by": json.dumps({"torch": "2.11.0"}),
+        }
+        ours = of.asked() | vars(problem) | timed
+        torch = peers.Asked(of.kernel, problem, "sm_90", "torch", "gather").row() | timed
+        absent = peers.Asked(of.kernel, problem, "sm_90", "deep_gemm").row() | timed
+        for row, tflops in ((ours, 500.0), (torch, 400.0 + problem.m / 5)):
+            time_us = 2 * problem.rows * problem.n * problem.k / tflops / 1e6
+            times = {"time_low_us": time_us * 0.999, "time_high_us": time_us * 1.001}
+            rows.append(row | {"tflops": tflops, "time_us": time_us} | times)
+        reason = "no module deep_gemm"
+        rows.append(absent | {"status": "unavailable", "reason": reason})
+    frame = records.frame(rows).assign(moelab="0", schema=records.SCHEMA_VERSION, triton="3.6.0")
+    return records.export(frame, tmp_path / "peers.parquet")

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from moelab import estimates, plots, problems, records
+from moelab import estimates, plots, problems, records, tables
 from moelab.lds_map import Told
 from moelab.specs import Buffer, LdsMap
 from moelab.targets import get
@@ -304,3 +304,39 @@ def test_a_map_names_what_has_no_line():
     captures = buffer("captures of warp_specialize", "warp_specialize", line="", last=101)
     axis = plots.lds_map(told([captures], 65536)).axes[0]
     assert "captures of warp_specialize: 64.0 KiB" in texts(axis)
+
+
+# Ours and peers.
+
+
+def of_peers(peer, tflops, m=512, **changed):
+    (ours,) = rows("sm_90", stages=(2,), switches=(None,), m=m)
+    own = {"peer": peer, "includes": peer and "gather", "mode": "measured", "run": "today"}
+    times = {"time_us": 1e5 / tflops, "time_low_us": 1e5 / tflops, "time_high_us": 1.2e5 / tflops}
+    return ours | own | times | {"tflops": tflops, "roof_tflops": 900.0} | changed
+
+
+def test_ours_and_peers_stand_in_a_panel_for_each_problem_along_m():
+    timed = [
+        of_peers(peer, tflops, m, fast_accum=fast)
+        for fast in (False, True)
+        for m in (512, 1536)
+        for peer, tflops in ((None, 500.0), ("torch", 400.0), ("somebody", 300.0))
+    ]
+    figure = plots.ours_and_peers(tables.labelled(records.frame(timed)))
+    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert [axis.get_title(loc="left").split("\n")[0].split(", ")[1] for axis in panels] == [
+        "sums in fp32",
+        "sums in the tensor cores",
+    ]
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert set(named) >= {"ours", "somebody", "torch", "roof"}
+    highest = max(max(line.get_ydata()) for line in panels[0].get_lines() if len(line.get_ydata()))
+    assert highest == 900
+
+
+def test_without_a_time_the_picture_of_peers_says_so():
+    (ours,) = records.frame([of_peers(None, 500.0)]).assign(tflops=None).to_dict("records")
+    figure = plots.ours_and_peers(tables.labelled(records.frame([ours])))
+    assert "nothing was timed" in [text.get_text() for text in figure.axes[0].texts]

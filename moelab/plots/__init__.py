@@ -6,6 +6,7 @@ One module for each thing that is drawn; notebooks call all of them as `plots.NA
 from .cells import cliffs_along_m, left_along_m, published_lds
 from .maps import lds_map
 from .moves import async_copy_difference, upgrade
+from .peers import ours_and_peers
 from .stages import lds_against_limit
 from .style import KIB, RED, stage_colour, use_style
 from .throughput import further_stages, lds_against_throughput, one_stage_loss
@@ -23,6 +24,7 @@ __all__ = [
     "lds_map",
     "left_along_m",
     "one_stage_loss",
+    "ours_and_peers",
     "published_lds",
     "stage_colour",
     "upgrade",
