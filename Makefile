@@ -23,6 +23,7 @@ env: .venv/ready
 report: env
 	$(BIN)/moelab report 01_stage_sweep
 	$(BIN)/moelab report 02_lds_vs_throughput
+	$(BIN)/moelab report 05_kernels_and_peers
 
 # The interpreter replaces the compiler when kernels are imported, so it needs a run of its own.
 test: env

@@ -133,11 +133,13 @@ def main() -> int:
         peers=tuple(dict.fromkeys(named)),
     )
     records.export(rows, given.out)
-    table = standings.cells(standings.measured(given.out))
+    measured = standings.measured(given.out)
+    table = standings.cells(measured)
     with pd.option_context("display.max_rows", None, "display.width", 250):
         print(rows.groupby(["kernel", "peer", "status"], dropna=False).size())
-        print(standings.rounded(table).to_string(index=False))
-    print(standings.conclusion(table))
+        print(standings.shown(table).to_string(index=False))
+    print(standings.conclusion(measured, table))
+    print(standings.losses(table))
     return 0
 
 

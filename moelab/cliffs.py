@@ -26,7 +26,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import targets
+from . import tables, targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -331,5 +331,5 @@ def _where(row: Any, curve: list[str]) -> str:
 def in_words(name: str, value: Any) -> str:
     """Say what one column of a curve says: ``TP 4``."""
     if name == "fast_accum":
-        return "fast sums" if value else "full sums"
+        return tables.SUMS[bool(value)]
     return {"tp": "TP {}", "layer": "layer {}"}.get(name, "{}").format(value)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "data" / "h200_peers.parquet"
 # Why ours lose where they do, found by hand.
 REASONS = SHIPPED.with_name("h200_peers_reasons.csv")
+# Peers that took part where the shipped rows were measured, and are not in them.
+NOT_SHIPPED = ("triton_kernels", "triton_kernels_bf16")
 
 CELL = ["kernel", "fast_accum", "model", "layer", "tp", "m"]
 # Along which only M varies.
@@ -31,8 +33,8 @@ CURVE = CELL[:-1]
 
 OURS, CONFIGURATION, PEERS = "ours", "configuration", "peers: all inside / matmul alone"
 ALL_INSIDE, ALONE = "over the best peer", "over the best matmul alone"
-BEST, ROOF, OF_ROOF = "best peer", "roof", "of the roof"
-NOISY, REASON = "noisy", "why it is slower"
+LOW, HIGH, BEST = "at least", "at most", "best peer"
+OF_ROOF, REASON = "of the roof", "why it is slower"
 
 
 def measured(path: Path | str = "") -> pd.DataFrame:
@@ -87,9 +89,9 @@ def cells(rows: pd.DataFrame, reasons: Path | None = None) -> pd.DataFrame:
     Returns:
         a row per cell in which ours were timed: TFLOP/s of our fastest and what configuration
         that is; what each peer reaches, with all inside / its matmul alone; how many times as
-        fast ours is as the best of them, both ways; the measured roof and the share of it;
-        whether a time that decides is noisy; and why ours is slower, where it is and that was
-        found.
+        fast ours is as the best of them, with all inside and its 95% interval, and alone; the
+        share of the measured roof; and why ours is slower than either, where it is and that
+        was found.
     """
     import pandas as pd
 
@@ -103,18 +105,25 @@ def cells(rows: pd.DataFrame, reasons: Path | None = None) -> pd.DataFrame:
             peers[peers["alone"] == is_alone].sort_values("tflops", ascending=False)
             for is_alone in (False, True)
         )
-        deciding = [ours["noisy"], *inside["noisy"][:1]]
+        low_to_high = (math.nan, math.nan)
+        if len(inside):
+            _, *low_to_high = measurements.faster(inside.iloc[0], ours)
         found.append(
             dict(zip(CELL, names, strict=True))
             | {OURS: ours["tflops"], CONFIGURATION: _configuration(ours)}
             | {PEERS: _reached(inside, alone), BEST: next(iter(inside["whose"]), None)}
             | {ALL_INSIDE: _over(ours, inside), ALONE: _over(ours, alone)}
-            | {ROOF: ours["roof_tflops"], OF_ROOF: ours["tflops"] / ours["roof_tflops"]}
-            | {NOISY: NOISY if any(deciding) else None}
+            | dict(zip((LOW, HIGH), low_to_high, strict=True))
+            | {OF_ROOF: ours["tflops"] / ours["roof_tflops"]}
         )
-    columns = [*CELL, OURS, CONFIGURATION, PEERS, BEST, ALL_INSIDE, ALONE, ROOF, OF_ROOF, NOISY]
+    columns = [*CELL, OURS, CONFIGURATION, PEERS, BEST, ALL_INSIDE, LOW, HIGH, ALONE, OF_ROOF]
     table = pd.DataFrame(found, columns=columns)
-    return table.assign(**{REASON: because(table, reasons).where(table[ALL_INSIDE] < 1, None)})
+    return table.assign(**{REASON: because(table, reasons).where(_lost(table), None)})
+
+
+def _lost(table: pd.DataFrame) -> pd.Series:
+    """Mark the cells where a peer is faster, with all inside or its matmul alone."""
+    return (table[[ALL_INSIDE, ALONE]] < 1).any(axis=1)
 
 
 def _over(ours: pd.Series, peers: pd.DataFrame) -> float:
@@ -131,9 +140,13 @@ def _reached(inside: pd.DataFrame, alone: pd.DataFrame) -> str:
     both = [dict(zip(each["whose"], each["tflops"], strict=True)) for each in (inside, alone)]
     spelled = []
     for name in dict.fromkeys([*both[0], *both[1]]):
-        figures = (f"{each[name]:.0f}" if name in each else "-" for each in both)
+        figures = (_spelled(each.get(name, math.nan), ".0f") for each in both)
         spelled.append(f"{name} {' / '.join(figures)}")
     return ", ".join(spelled)
+
+
+def _spelled(figure: float, how: str) -> str:
+    return "-" if math.isnan(figure) else format(figure, how)
 
 
 def reasons_for(rows_path: str, reasons_path: str) -> Path | None:
@@ -167,9 +180,41 @@ def because(table: pd.DataFrame, reasons: Path | None) -> pd.Series:
     return pd.Series(found, table.index, dtype=object)
 
 
-def rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """Round the figures of `cells` for a reader."""
-    return table.round({OURS: 0, ROOF: 0, ALL_INSIDE: 2, ALONE: 2, OF_ROOF: 2})
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Choose and round the columns of `cells` that people read; `losses` tells the reasons."""
+    rounded = table.round({OURS: 0, ALL_INSIDE: 2, ALONE: 2, OF_ROOF: 2})
+    rounded.insert(rounded.columns.get_loc(LOW), "95% interval", _spans(table[LOW], table[HIGH]))
+    return rounded.drop(columns=[BEST, LOW, HIGH, REASON]).rename(columns={OURS: "ours (TFLOP/s)"})
+
+
+def _spans(low: pd.Series, high: pd.Series) -> list[str | None]:
+    """Spell out ranges of ratios: ``1.10 to 1.49``; None where there is none."""
+    return [
+        None if math.isnan(least) else f"{least:.2f} to {most:.2f}"
+        for least, most in zip(low, high, strict=True)
+    ]
+
+
+def losses(table: pd.DataFrame) -> str:
+    """List in Markdown the cells where a peer is faster, and why, where that was found.
+
+    Args:
+        table: of `cells`.
+    """
+    lost = table[_lost(table)]
+    told = lost.assign(**{REASON: lost[REASON].fillna("no reason was found yet")})
+    sentences = []
+    by = ["kernel", "fast_accum", "model", "tp", REASON]
+    for (kernel, fast, model, tp, reason), group in told.groupby(by, sort=False):
+        each = ", ".join(
+            f"layer {row['layer']} M {row['m']}: {_spelled(row[ALL_INSIDE], '.2f')} / "
+            f"{_spelled(row[ALONE], '.2f')}"
+            for row in group.to_dict("records")
+        )
+        shards = f", TP {tp}" if tp > 1 else ""
+        named = f"**{kernel}, {tables.SUMS[fast]}, {model}{shards}**"
+        sentences.append(f"- {named} ({each}): {reason}.")
+    return "\n".join(sentences) or "- A peer is faster in no cell."
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
@@ -178,8 +223,7 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: of `cells`.
     Returns:
-        also in how many cells ours are faster, with all inside, and the least and the largest
-        ratio.
+        also in how many cells ours are faster, with all inside, and from which ratio to which.
     """
     import pandas as pd
 
@@ -187,17 +231,18 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for names, group in table.groupby(by, sort=False):
         inside = group[ALL_INSIDE].dropna()
-        over = [len(inside), (inside > 1).sum(), _mean(inside), inside.min(), inside.max()]
-        found.append([*names, *over, _mean(group[ALONE].dropna()), _mean(group[OF_ROOF])])
-    figures = ["cells", "faster in", ALL_INSIDE, "least", "most", ALONE, OF_ROOF]
-    return pd.DataFrame(found, columns=[*by, *figures])
+        (span,) = _spans(pd.Series([inside.min()]), pd.Series([inside.max()]))
+        faster = f"{(inside > 1).sum()} of {len(inside)}"
+        figures = [round(_mean(each), 2) for each in (inside, group[ALONE], group[OF_ROOF])]
+        found.append([*names, faster, figures[0], span, *figures[1:]])
+    return pd.DataFrame(found, columns=[*by, "faster in", ALL_INSIDE, "range", ALONE, OF_ROOF])
 
 
 def _mean(ratios: pd.Series) -> float:
-    """Take the geometric mean; NaN of nothing."""
+    """Take the geometric mean of what is there; NaN of nothing."""
     import numpy as np
 
-    return float(np.exp(np.log(ratios.astype(float)).mean())) if len(ratios) else math.nan
+    return float(np.exp(np.log(ratios.astype(float)).mean()))
 
 
 def left_out(rows: pd.DataFrame) -> pd.DataFrame:
@@ -229,25 +274,54 @@ def versions(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(list(dict.fromkeys(told)), columns=["peer", "package"])
 
 
-def conclusion(table: pd.DataFrame) -> str:
-    """Answer in Markdown sentences, computed from the cells.
+def lacking(rows_path: str) -> str:
+    """Say which peers the shipped rows lack; nothing of rows that somebody else measured."""
+    if rows_path:
+        return ""
+    return (
+        f"The shipped rows have none of {' and '.join(NOT_SHIPPED)}. Both took part, but the "
+        "CPU takes longer to launch them than one flush of the L2 keeps the GPU busy, so that "
+        "their times came out too long: their rows were left out. `moelab measure` has since flushed as often as the CPU needs; they were not "
+        "measured again. Of peers that read mxfp4 weights none is left: what `torch_bf16` "
+        "multiplies was widened beforehand to almost four times the bytes, so that small M, "
+        "where weights are read and little else is done, says nothing of such kernels."
+    )
+
+
+def _unmeasured(table: pd.DataFrame) -> list[str]:
+    """Name the curves that lack token counts which others have, and which."""
+    every = {*table["m"]}
+    found = []
+    for (kernel, fast, model, layer, _), group in table.groupby(CURVE, sort=False):
+        if lacks := sorted(every - {*group["m"]}):
+            counts = " and ".join(map(str, lacks))
+            found.append(f"{kernel}, {tables.SUMS[fast]}, {model}, layer {layer}, M {counts}")
+    return found
+
+
+def conclusion(rows: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Answer in Markdown sentences, computed from the rows.
 
     Args:
-        table: of `cells`.
+        rows: of `measured`.
+        table: of `cells`, of these rows.
     """
     if table.empty:
         return "- Ours were timed beside a peer in no cell."
+    timed = rows.dropna(subset=["time_us"])
     ratios = table[ALL_INSIDE].dropna()
     alone = table[ALONE].dropna()
     sentences = [
+        f"Peers that were timed: {', '.join(timed['peer'].dropna().unique()) or 'none'}.",
         f"With all inside, ours are faster than the best peer in {(ratios > 1).sum()} of "
         f"{len(ratios)} cells, {_mean(ratios):.2f} times as fast in the geometric mean; against "
-        f"the best matmul alone in {(alone > 1).sum()} of {len(alone)}, {_mean(alone):.2f} times."
+        f"the best matmul alone in {(alone > 1).sum()} of {len(alone)}, {_mean(alone):.2f} times.",
+        f"With all inside, they are surely faster in {(table[LOW] > 1).sum()} and surely slower "
+        f"in {(table[HIGH] < 1).sum()}: the 95% interval of the ratio lies on one side of 1.",
     ]
     for (kernel, fast), group in table.groupby(["kernel", "fast_accum"], sort=False):
         inside = group[ALL_INSIDE].dropna()
-        sums = "sums left to the tensor cores" if fast else "sums in fp32"
-        told = f"**{kernel}, {sums}**: "
+        told = f"**{kernel}, {tables.SUMS[fast]}**: "
         if inside.empty:
             sentences.append(told + "no peer was timed.")
             continue
@@ -258,9 +332,17 @@ def conclusion(table: pd.DataFrame) -> str:
             f"({worst['model']}, layer {worst['layer']}, M {worst['m']}, against {worst[BEST]}) "
             f"to {inside.max():.2f}; {100 * _mean(group[OF_ROOF]):.0f}% of the roof."
         )
-    if noisy := table[NOISY].notna().sum():
-        sentences.append(f"{noisy} of {len(table)} cells rest on a noisy time.")
-    unexplained = ((table[ALL_INSIDE] < 1) & table[REASON].isna()).sum()
+    if lacks := _unmeasured(table):
+        sentences.append(f"Not measured: {'; '.join(lacks)}.")
+    held = timed["throttled"].fillna("")
+    if (held != "").any():
+        why = ", ".join(sorted({each for of in held for each in of.split(",") if each}))
+        sentences.append(
+            f"The GPU held its clocks down ({why}) during {(held != '').sum()} of {len(timed)} "
+            f"times; {measurements.noisy(timed).sum()} are noisy: a second measurement may miss "
+            f"them by {measurements.AGREEMENT:.0%} or more."
+        )
+    unexplained = (_lost(table) & table[REASON].isna()).sum()
     if unexplained:
-        sentences.append(f"Of {unexplained} cells that ours lose, no reason was found yet.")
+        sentences.append(f"Of {unexplained} cells where a peer is faster, no reason was found yet.")
     return "\n".join(f"- {sentence}" for sentence in sentences)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _WAYS = ["group_m", "tma", "tails", "persistent", "specialized"]
 
+# Where products are added up, by ``fast_accum``.
+SUMS = {False: "sums in fp32", True: "sums in the tensor cores"}
+
 # A tile with its warps, as one kernel on one target launches it.
 TILING = ["kernel", "target", "triton", "tile", "num_warps"]
 
@@ -76,11 +79,17 @@ def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown(table: pd.DataFrame) -> HTML:
-    """Show a table in a notebook: what holds throughout above it, the rest with commas."""
+    """Show a table in a notebook: what holds throughout above it, the rest with commas.
+
+    ``fast_accum`` is said in words.
+    """
     from html import escape
 
     from IPython.display import HTML
 
+    if "fast_accum" in table:
+        words = table["fast_accum"].map({fast: said.removeprefix("sums in ") for fast, said in SUMS.items()})
+        table = table.assign(fast_accum=words).rename(columns={"fast_accum": "sums in"})
     constant = [name for name in table if table[name].nunique(dropna=False) == 1]
     if len(table) < 2 or len(constant) == table.shape[1]:
         constant = []

@@ -6,7 +6,6 @@ same problem in the same run.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,22 +115,13 @@ def stages(rows: pd.DataFrame) -> pd.DataFrame:
         if 1 not in by_count.index:
             continue
         best = by_count["time_us"].idxmin()
-        faster, low, high = _faster(by_count.loc[1], by_count.loc[best])
+        faster, low, high = measurements.faster(by_count.loc[1], by_count.loc[best])
         # Against itself there is nothing to be unsure of.
         lost = [100 * (1 - 1 / by) for by in (faster, low, high)] if best != 1 else [0.0] * 3
         at_counts = by_count["tflops"].reindex(counts)
         found.append((*names, *at_counts, best, *lost))
     columns = [_count_of_stages(count) for count in counts]
     return pd.DataFrame(found, columns=[*TILING, *columns, "best", LOSS, LOSS_LOW, LOSS_HIGH])
-
-
-def _faster(before: Any, after: Any) -> tuple[float, float, float]:
-    """Say how many times faster a row is than another, with the 95% interval of both."""
-    middle = math.log(before["time_us"] / after["time_us"])
-    # Both intervals are of logarithms, and independent.
-    halves = (math.log(row["time_high_us"] / row["time_low_us"]) / 2 for row in (before, after))
-    margin = math.hypot(*halves)
-    return math.exp(middle), math.exp(middle - margin), math.exp(middle + margin)
 
 
 def losses(compared: pd.DataFrame) -> pd.DataFrame:
@@ -183,7 +173,7 @@ def further(rows: pd.DataFrame) -> pd.DataFrame:
             before, after = by_count.loc[count - 1], by_count.loc[count]
             gains: list[Any] = [None] * 3
             if pd.notna(before["time_us"]) and pd.notna(after["time_us"]):
-                gains = [100 * (by - 1) for by in _faster(before, after)]
+                gains = [100 * (by - 1) for by in measurements.faster(before, after)]
             found.append(
                 (
                     *names,
@@ -314,7 +304,8 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
 
 def named(kernel: str, model: str, fast_accum: bool = False) -> str:
     """Name a `KIND` in words."""
-    return f"{kernel}, {model}{', fast sums' if fast_accum else ''}"
+    sums = f", {tables.SUMS[True]}" if fast_accum else ""
+    return f"{kernel}, {model}{sums}"
 
 
 def conclusion(rows: pd.DataFrame, compared: pd.DataFrame) -> str:

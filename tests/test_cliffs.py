@@ -327,7 +327,7 @@ def test_curves_are_told_apart_by_their_sums_where_they_differ():
     of_cells = cliffs.cells(tables.labelled(frame(rows)), "tflops", curve)
     figure = plots.cliffs_along_m(cliffs.steps(of_cells, curve), curve)
     titles = [axis.get_title("left").split("\n")[-1] for axis in figure.axes]
-    assert titles == ["TP 1, full sums", "TP 1, fast sums"]
+    assert titles == ["TP 1, sums in fp32", "TP 1, sums in the tensor cores"]
 
 
 def test_pictures_of_nothing_say_so():

@@ -371,7 +371,8 @@ def test_the_peers_page_holds_every_cell_and_what_the_rows_say(tmp_path, fabrica
     table = standings.cells(rows)
     assert len(table) == 4
     plain = re.sub(r"<[^>]+>", "", page)
-    for sentence in standings.conclusion(table).splitlines():
+    told = standings.conclusion(rows, table) + "\n" + standings.losses(table)
+    for sentence in told.splitlines():
         assert html.escape(re.sub(r"^- |\*\*", "", sentence), quote=False) in plain
     for reached in table[standings.PEERS]:
         assert f"<td>{reached}</td>" in page

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from moelab import records, standings
-from moelab.standings import ALL_INSIDE, ALONE, BEST, NOISY, OF_ROOF, OURS, PEERS, REASON
+from moelab.standings import ALL_INSIDE, ALONE, BEST, HIGH, LOW, OF_ROOF, OURS, PEERS, REASON
 
 
 def row(tflops=100.0, spread=0.001, **changed):
@@ -116,18 +116,51 @@ def test_a_peer_that_was_not_timed_leaves_a_cell_without_a_ratio(read):
     assert standings.left_out(rows)[["peer", "status", "reason"]].values.tolist() == [
         ["torch", "unavailable", "no module peer"]
     ]
-    assert "no peer was timed" in standings.conclusion(table)
-    assert standings.conclusion(standings.cells(read(peer(5.0)))) == (
+    assert "no peer was timed" in standings.conclusion(rows, table)
+    assert standings.losses(table) == "- A peer is faster in no cell."
+    assert standings.shown(table)["95% interval"].isna().all()
+    alone = read(peer(5.0))
+    assert standings.conclusion(alone, standings.cells(alone)) == (
         "- Ours were timed beside a peer in no cell."
     )
 
 
-def test_a_cell_is_noisy_where_a_time_that_decides_is(read):
+def test_a_ratio_has_the_interval_of_the_two_times_that_decide(read):
     rows = read(
-        *(row(100.0), peer(90.0, spread=0.1), peer(80.0, "triton_kernels")),
-        *(row(100.0, m=1536), peer(90.0, m=1536), peer(80.0, "triton_kernels", m=1536, spread=0.1)),
+        *(row(100.0), peer(95.0, spread=0.1), peer(80.0, "triton_kernels")),
+        *(row(100.0, m=1536), peer(95.0, m=1536), peer(80.0, "triton_kernels", m=1536, spread=0.1)),
+        *(row(100.0, m=2560), peer(120.0, m=2560)),
     )
-    assert list(standings.cells(rows)[NOISY].notna()) == [True, False]
+    table = standings.cells(rows)
+    off = math.exp(math.hypot(0.1, 0.001))
+    assert table[LOW][0] == pytest.approx(100 / 95 / off)
+    assert table[HIGH][0] == pytest.approx(100 / 95 * off)
+    assert standings.shown(table)["95% interval"][2] == "0.83 to 0.83"
+    assert "surely faster in 1 and surely slower in 1" in standings.conclusion(rows, table)
+
+
+def test_the_conclusion_names_the_peers_what_was_not_measured_and_what_held_the_clocks(read):
+    rows = read(
+        *(row(100.0, throttled="sw_power_cap"), peer(90.0, spread=0.1)),
+        *(row(100.0, m=1536), peer(90.0, m=1536)),
+        *(row(100.0, layer=2), peer(90.0, "deep_gemm", layer=2)),
+    )
+    told = standings.conclusion(rows, standings.cells(rows))
+    assert "Peers that were timed: torch, deep_gemm." in told
+    lacks = "Not measured: moe_gemm_a8w8, sums in fp32, Qwen3-235B-A22B, layer 2, M 1536."
+    assert lacks in told
+    assert "clocks down (sw_power_cap) during 1 of 6 times; 1 are noisy" in told
+
+
+def test_shipped_rows_lack_the_peers_that_are_said_to_be_left_out():
+    assert not {*standings.measured()["peer"].dropna()} & {*standings.NOT_SHIPPED}
+    assert all(name in standings.lacking("") for name in standings.NOT_SHIPPED)
+    assert standings.lacking("mine.parquet") == ""
+
+
+def test_every_shipped_cell_that_ours_lose_has_a_reason():
+    table = standings.cells(standings.measured(), standings.REASONS)
+    assert "no reason was found" not in standings.losses(table)
 
 
 def test_versions_are_those_of_each_peers_package(read):
@@ -156,10 +189,23 @@ def test_a_reason_stands_only_where_ours_are_slower_and_the_last_that_fits_count
     table = standings.cells(rows, reasons)
     assert list(table[REASON][:2]) == ["too few rows", "one wave too many"]
     assert table[REASON].isna()[2]
-    assert "no reason was found" not in standings.conclusion(table)
-    assert "Of 2 cells that ours lose, no reason was found yet." in (
-        standings.conclusion(standings.cells(rows))
+    assert "no reason was found" not in standings.conclusion(rows, table)
+    assert standings.losses(table).splitlines()[1] == (
+        "- **moe_gemm_a8w8, sums in fp32, Qwen3-235B-A22B** (layer 1 M 1536: 0.90 / -): "
+        "one wave too many."
     )
+    unexplained = standings.cells(rows)
+    assert "Of 2 cells where a peer is faster, no reason was found yet." in (
+        standings.conclusion(rows, unexplained)
+    )
+    assert "M 512: 0.90 / -, layer 1 M 1536: 0.90 / -): no reason" in (
+        standings.losses(unexplained)
+    )
+
+
+def test_a_cell_lost_to_a_matmul_alone_is_lost_too(read):
+    rows = read(row(90.0), peer(80.0), peer(100.0, includes=""))
+    assert "M 512: 1.12 / 0.90" in standings.losses(standings.cells(rows))
 
 
 def test_shipped_reasons_belong_to_shipped_rows():
@@ -179,11 +225,11 @@ def test_means_are_geometric_and_count_what_is_faster(read):
         *(row(50.0, m=1536), peer(100.0, m=1536), peer(200.0, m=1536, includes="")),
     )
     (of_all,) = standings.means(standings.cells(rows)).to_dict("records")
-    assert of_all["cells"] == 2 and of_all["faster in"] == 1
+    assert of_all["faster in"] == "1 of 2"
     assert of_all[ALL_INSIDE] == pytest.approx(1)
-    assert (of_all["least"], of_all["most"]) == (0.5, 2)
+    assert of_all["range"] == "0.50 to 2.00"
     assert of_all[ALONE] == pytest.approx(0.5)
-    told = standings.conclusion(standings.cells(rows)).splitlines()
-    assert "faster than the best peer in 1 of 2 cells, 1.00 times" in told[0]
-    assert "matmul alone in 0 of 2, 0.50 times" in told[0]
-    assert "from 0.50 (Qwen3-235B-A22B, layer 1, M 1536, against torch) to 2.00" in told[1]
+    told = standings.conclusion(rows, standings.cells(rows)).splitlines()
+    assert "faster than the best peer in 1 of 2 cells, 1.00 times" in told[1]
+    assert "matmul alone in 0 of 2, 0.50 times" in told[1]
+    assert "from 0.50 (Qwen3-235B-A22B, layer 1, M 1536, against torch) to 2.00" in told[3]

@@ -111,7 +111,7 @@ def test_fast_sums_are_summed_up_apart(tmp_path):
     assert list(trade.losses(compared)["median (%)"]) == pytest.approx([50, 0])
     told = trade.conclusion(rows, compared)
     assert "**moe_gemm_a8w8, Qwen3-235B-A22B**: one stage loses 50.0%" in told
-    assert "**moe_gemm_a8w8, Qwen3-235B-A22B, fast sums**: one stage loses 0.0%" in told
+    assert "**moe_gemm_a8w8, Qwen3-235B-A22B, sums in the tensor cores**: one stage loses 0.0%" in told
     assert len(plots.lds_against_throughput(rows).axes) == 2
     assert trade.fastest(rows)["time_us"].tolist() == [10, 9]
 
