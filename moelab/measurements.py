@@ -5,6 +5,7 @@ Frames in, frames and sentences out; no compiler, no GPU.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,22 @@ def tally(rows: pd.DataFrame) -> str:
             "measured again; give more --rounds"
         )
     return "\n".join(lines)
+
+
+def made_by(rows: pd.DataFrame) -> str:
+    """Name what measured rows were made with: all that differs, and from when to when.
+
+    Args:
+        rows: of `bench.measure`.
+    """
+    said = [json.loads(each) for each in rows["made_by"].dropna().unique()]
+    told = []
+    for name in dict.fromkeys(name for each in said for name in each):
+        values = sorted({str(each[name]) for each in said if name in each})
+        if name == "date":
+            values = [" to ".join(dict.fromkeys([values[0], values[-1]]))]
+        told.append(f"{name} {', '.join(values)}")
+    return "Measured with " + "; ".join(told)
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

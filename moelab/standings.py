@@ -105,15 +105,15 @@ def cells(rows: pd.DataFrame, reasons: Path | None = None) -> pd.DataFrame:
             peers[peers["alone"] == is_alone].sort_values("tflops", ascending=False)
             for is_alone in (False, True)
         )
-        low_to_high = (math.nan, math.nan)
+        low = high = math.nan
         if len(inside):
-            _, *low_to_high = measurements.faster(inside.iloc[0], ours)
+            _, low, high = measurements.faster(inside.iloc[0], ours)
         found.append(
             dict(zip(CELL, names, strict=True))
             | {OURS: ours["tflops"], CONFIGURATION: _configuration(ours)}
             | {PEERS: _reached(inside, alone), BEST: next(iter(inside["whose"]), None)}
             | {ALL_INSIDE: _over(ours, inside), ALONE: _over(ours, alone)}
-            | dict(zip((LOW, HIGH), low_to_high, strict=True))
+            | {LOW: low, HIGH: high}
             | {OF_ROOF: ours["tflops"] / ours["roof_tflops"]}
         )
     columns = [*CELL, OURS, CONFIGURATION, PEERS, BEST, ALL_INSIDE, LOW, HIGH, ALONE, OF_ROOF]
@@ -182,7 +182,7 @@ def because(table: pd.DataFrame, reasons: Path | None) -> pd.Series:
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """Choose and round the columns of `cells` that people read; `losses` tells the reasons."""
-    rounded = table.round({OURS: 0, ALL_INSIDE: 2, ALONE: 2, OF_ROOF: 2})
+    rounded = table.round({OURS: 0, ALL_INSIDE: 2, ALONE: 2, OF_ROOF: 2}).astype({OURS: int})
     rounded.insert(rounded.columns.get_loc(LOW), "95% interval", _spans(table[LOW], table[HIGH]))
     return rounded.drop(columns=[BEST, LOW, HIGH, REASON]).rename(columns={OURS: "ours (TFLOP/s)"})
 
@@ -281,7 +281,8 @@ def lacking(rows_path: str) -> str:
     return (
         f"The shipped rows have none of {' and '.join(NOT_SHIPPED)}. Both took part, but the "
         "CPU takes longer to launch them than one flush of the L2 keeps the GPU busy, so that "
-        "their times came out too long: their rows were left out. `moelab measure` has since flushed as often as the CPU needs; they were not "
+        "their times came out too long: their rows were left out. `moelab measure` has since "
+        "flushed as often as the CPU needs; they were not "
         "measured again. Of peers that read mxfp4 weights none is left: what `torch_bf16` "
         "multiplies was widened beforehand to almost four times the bytes, so that small M, "
         "where weights are read and little else is done, says nothing of such kernels."

@@ -81,14 +81,18 @@ def of_launches(rows: pd.DataFrame) -> pd.DataFrame:
 def shown(table: pd.DataFrame) -> HTML:
     """Show a table in a notebook: what holds throughout above it, the rest with commas.
 
-    ``fast_accum`` is said in words.
+    ``fast_accum`` is said in words, and that there is no row.
     """
     from html import escape
 
     from IPython.display import HTML
 
+    if table.empty:
+        return HTML("<p>None.</p>")
     if "fast_accum" in table:
-        words = table["fast_accum"].map({fast: said.removeprefix("sums in ") for fast, said in SUMS.items()})
+        words = table["fast_accum"].map(
+            {fast: said.removeprefix("sums in ") for fast, said in SUMS.items()}
+        )
         table = table.assign(fast_accum=words).rename(columns={"fast_accum": "sums in"})
     constant = [name for name in table if table[name].nunique(dropna=False) == 1]
     if len(table) < 2 or len(constant) == table.shape[1]:

@@ -200,7 +200,8 @@ def interval(samples: Sequence[Sequence[float]]) -> dict[str, float]:
     """Take the median of rounds' medians, and its 95% interval.
 
     Repetitions within a round are not independent: a round is the sample. The interval is
-    Student's, of the logarithms of rounds' medians.
+    Student's, of the mean of the logarithms of rounds' medians: of few rounds it is wide, as
+    two or three say little of the spread.
 
     Args:
         samples: microseconds, a list for each round.

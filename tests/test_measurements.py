@@ -1,5 +1,6 @@
 """What is said of measured rows is computed from them, whatever became of the launches."""
 
+import json
 import math
 
 import pytest
@@ -118,6 +119,12 @@ def test_what_was_not_timed_is_not_noisy():
     assert list(measurements.noisy(records.frame([not_timed("timeout")]))) == [False]
 
 
+def test_a_ratio_of_two_times_has_the_interval_of_both():
+    middle, low, high = measurements.faster(row(200.0, spread=0.03), row(100.0, spread=0.04))
+    assert middle == pytest.approx(2)
+    assert (low, high) == pytest.approx((2 * math.exp(-0.05), 2 * math.exp(0.05)))
+
+
 # Tables.
 
 
@@ -164,6 +171,19 @@ def test_peers_that_were_not_timed_are_counted_apart():
     lines = tally(row(), of_peer(), missing)
     assert lines[0].startswith("1 configurations asked, 1 launched, 1 timed; not timed: none")
     assert lines[2:] == ["1 launches of peers timed; not timed: torch unavailable"]
+
+
+def test_what_rows_were_made_with_names_all_that_differs():
+    said = [
+        {"torch": "2.11", "date": "2026-11-23 19:58 UTC", "kernel": "bb"},
+        {"torch": "2.11", "date": "2026-11-23 17:24 UTC", "kernel": "aa"},
+        {"torch": "2.11", "date": "2026-11-23 18:00 UTC", "kernel": "aa"},
+    ]
+    rows = records.frame([row(made_by=json.dumps(each)) for each in said])
+    assert measurements.made_by(rows) == (
+        "Measured with torch 2.11; date 2026-11-23 17:24 UTC to 2026-11-23 19:58 UTC; kernel aa, bb"
+    )
+    assert measurements.made_by(rows[:1]).endswith("date 2026-11-23 19:58 UTC; kernel bb")
 
 
 # A second run.

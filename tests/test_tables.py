@@ -405,6 +405,13 @@ def test_what_holds_throughout_is_said_once_above_the_table():
     assert "<td>1,234,567</td>" in html
 
 
+def test_shown_says_in_words_where_sums_are_kept():
+    table = pd.DataFrame({"fast_accum": [True, False], "tflops": [2.0, 1.0]})
+    page = tables.shown(table).data
+    assert "<th>sums in</th>" in page and "fast_accum" not in page
+    assert "<td>the tensor cores</td>" in page and "<td>fp32</td>" in page
+
+
 @pytest.mark.parametrize(
     "table", [pd.DataFrame({"a": [1], "b": [2]}), pd.DataFrame({"a": [1, 1], "b": [2, 2]})]
 )
@@ -430,6 +437,10 @@ def test_shown_escapes_html_in_columns_cells_and_above():
     html = tables.shown(table).data
     assert attack not in html
     assert html.count("&lt;script&gt;") == 3
+
+
+def test_a_table_without_rows_says_so():
+    assert tables.shown(pd.DataFrame({"fast_accum": [], "tflops": []})).data == "<p>None.</p>"
 
 
 def test_what_is_missing_throughout_is_not_shown():

@@ -111,7 +111,9 @@ def test_fast_sums_are_summed_up_apart(tmp_path):
     assert list(trade.losses(compared)["median (%)"]) == pytest.approx([50, 0])
     told = trade.conclusion(rows, compared)
     assert "**moe_gemm_a8w8, Qwen3-235B-A22B**: one stage loses 50.0%" in told
-    assert "**moe_gemm_a8w8, Qwen3-235B-A22B, sums in the tensor cores**: one stage loses 0.0%" in told
+    assert (
+        "**moe_gemm_a8w8, Qwen3-235B-A22B, sums in the tensor cores**: one stage loses 0.0%" in told
+    )
     assert len(plots.lds_against_throughput(rows).axes) == 2
     assert trade.fastest(rows)["time_us"].tolist() == [10, 9]
 
@@ -248,6 +250,25 @@ def test_the_pictures_show_what_there_is_and_say_where_there_is_nothing(tmp_path
     assert [text.get_text() for text in axis.texts] == ["nothing was timed"]
 
 
+def test_each_run_has_its_own_roof_of_compute(tmp_path):
+    problems = {"today": (200.0, 150.0), "before": (180.0, 150.0)}
+    rows = measured(
+        tmp_path,
+        *(
+            row(1, 20.0, run=run, layer=layer, kernel=f"of_{run}", roof_tflops=roof)
+            for run, roofs in problems.items()
+            for layer, roof in enumerate(roofs, start=1)
+        ),
+    )
+    told = [
+        text.get_text()
+        for axis in plots.lds_against_throughput(rows).axes
+        for text in axis.texts
+        if ":" in text.get_text()
+    ]
+    assert told == ["compute: 200", "bandwidth: 150", "compute: 180", "bandwidth: 150"]
+
+
 def test_a_noisy_time_is_marked_in_picture_table_and_conclusion(tmp_path):
     rows = measured(tmp_path, row(1, 20.0), row(2, 12.0, spread=0.05))
     listed = trade.configurations(trade.front(rows))
@@ -270,7 +291,8 @@ def test_of_many_tiles_a_picture_names_what_is_on_the_front(tmp_path):
     )
     (axis,) = plots.lds_against_throughput(rows).axes
     told = [text.get_text() for text in axis.texts]
-    assert [text for text in told if "x" in text] == ["64x16x64", "64x16x64"]
+    assert [text for text in told if "x" in text] == ["a  64x16x64"]
+    assert told.count("a") == 2
     assert sorted(text for text in told if text.isdigit()) == ["1", "2"]
     points = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert len(points) == 12

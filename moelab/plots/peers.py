@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .. import standings
+from .. import standings, tables
 from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, empty
 from .throughput import panels_of
 
@@ -40,15 +40,18 @@ def ours_and_peers(rows: pd.DataFrame) -> Figure:
     drawn: dict[str, str] = {}
     for axis, (names, panel) in zip(axes, panels, strict=True):
         kernel, fast_accum, model, layer, tp = names
-        sums = "sums in the tensor cores" if fast_accum else "sums in fp32"
         shards = f", TP {tp}" if tp > 1 else ""
-        axis.set_title(f"{kernel}, {sums}\n{model}{shards}, layer {layer}", fontsize=9)
+        axis.set_title(
+            f"{kernel}, {tables.SUMS[fast_accum]}\n{model}{shards}, layer {layer}", fontsize=9
+        )
         for (whose, alone), line in panel.groupby(["whose", "alone"], sort=False):
             colour = drawn[whose] = _COLOURS.get(whose, GREY)
             _draw_line(axis, line.sort_values("m"), colour, alone)
         roof = panel.drop_duplicates("m").sort_values("m")
         axis.plot(*_points(roof, "roof_tflops"), color="black", lw=1, ls=":")
         axis.set_ylim(0, None)
+        # Panels that stand side by side are read as one, also where token counts are missing.
+        axis.set_xlim(0, rows["m"].max() * 1.05)
         axis.locator_params(axis="x", nbins=5)
         axis.set_ylabel("TFLOP/s")
         axis.grid(axis="y")

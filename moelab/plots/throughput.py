@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from .. import measurements, trade
@@ -45,7 +46,8 @@ def lds_against_throughput(rows: pd.DataFrame) -> Figure:
 
     The number in a marker is its stage count; stage counts of a tile are joined. Ringed is
     what nothing beats on both, square what is noisy. At the foot stands what doesn't fit.
-    Where there are many tiles, only what is on the front stands out, with its name.
+    Where there are many tiles, only what is on the front stands out; the letter beside it
+    is its tile's, and names of letters stand at the foot.
 
     Args:
         rows: of `trade.measured`, of one token count (`trade.at`).
@@ -56,6 +58,8 @@ def lds_against_throughput(rows: pd.DataFrame) -> Figure:
     crowded = [len(panel[[*_LINE]].drop_duplicates()) > _LINES for _, panel in panels]
     figure, axes = panels_of(panels, 2.9, crowded)
     highest = rows["roof_tflops"].max()
+    # Measured anew in each run: of each the highest is compute's.
+    compute = rows.groupby("run", dropna=False)["roof_tflops"].transform("max")
     for axis, ((*kind, layer), panel), many in zip(axes, panels, crowded, strict=True):
         # What all lines share stands in the title.
         apart = [name for name in _LINE if panel[name].nunique() > 1]
@@ -63,19 +67,28 @@ def lds_against_throughput(rows: pd.DataFrame) -> Figure:
         kernel, model = trade.named(*kind).split(", ", 1)
         axis.set_title(f"{kernel}\n{model}, {', '.join(shared)}", fontsize=9)
         marked = trade.front(panel).assign(noisy=measurements.noisy(panel))
+        key: list[str] = []
         for number, (names, of_tile) in enumerate(panel.groupby([*_LINE], sort=False)):
             words = dict(zip(_LINE, names, strict=True))
             name = ", ".join(_LINE[what].format(words[what]) for what in apart)
             at = of_tile.sort_values("num_stages")
+            if many and marked.loc[marked.index.isin(at.index), trade.FRONT].any():
+                key.append(f"{ascii_lowercase[len(key) % 26]}  {name}")
+                name = key[-1][0]
             _draw_tile(axis, at, marked, name, below=number % 2, many=many)
         if panel["tflops"].isna().all():
             axis.text(0.5, 0.5, "nothing fits", ha="center", transform=axis.transAxes)
         limit = panel["lds_limit"].iloc[0] / KIB
         axis.axvline(limit, color=RED, lw=1.5)
-        _draw_roofs(axis, panel, highest)
+        _draw_roofs(axis, panel.assign(compute=compute))
         axis.set_xlim(0, max(limit, panel["lds_bytes"].max() / KIB) * 1.08)
         axis.set_yscale("log")
-        axis.set_ylim(panel["tflops"].fillna(highest / 10).min() / 2.5, highest * 1.8)
+        # The key takes the foot of a panel, below all that was timed.
+        foot = panel["tflops"].min() / 2.5 if many else panel["tflops"].fillna(highest / 10).min()
+        axis.set_ylim(foot / 2.5, highest * 1.8)
+        half = -(-len(key) // 2)
+        for x, names in ((0.02, key[:half]), (0.35, key[half:])):
+            axis.text(x, 0.02, "\n".join(names), fontsize=7, transform=axis.transAxes)
         axis.set_ylabel("TFLOP/s")
         _plain_ticks(axis)
     figure.supxlabel("LDS of one workgroup (KiB)", fontsize=10)
@@ -120,7 +133,7 @@ def _draw_tile(
             zorder=4,
         )
         if many and ringed:
-            _name(axis, row, name, (4, 8), ha="left", va="bottom", rotation=35)
+            _name(axis, row, name, (10, 0), ha="left", va="center")
         elif not many and place == 0:
             side = "top" if below else "bottom"
             _name(axis, row, name, (0, -9 if below else 9), ha="center", va=side)
@@ -135,14 +148,17 @@ def _name(axis: Axes, row: Any, name: str, offset: tuple[float, float], **looks:
     axis.annotate(name, at, offset, textcoords="offset points", fontsize=7, zorder=4, **looks)
 
 
-def _draw_roofs(axis: Axes, panel: pd.DataFrame, highest: float) -> None:
-    """Draw the roof of each problem, and say which of the two it is."""
-    roofs = panel.dropna(subset=["roof_tflops"]).groupby("tp", sort=False)["roof_tflops"].first()
-    upper = roofs.max()
-    for roof, of_roof in roofs.groupby(roofs):
-        # Compute's roof is the same for every problem, bandwidth's is lower.
-        which = "compute" if roof == highest else "bandwidth"
-        shards = ", ".join(map(str, of_roof.index)) if roofs.nunique() > 1 else ""
+def _draw_roofs(axis: Axes, panel: pd.DataFrame) -> None:
+    """Draw the roof of each problem, and say which of the two it is.
+
+    Args:
+        panel: with ``compute``, the roof that compute alone allows; bandwidth's is lower.
+    """
+    roofs = panel.dropna(subset=["roof_tflops"]).groupby("tp", sort=False).first()
+    upper = roofs["roof_tflops"].max()
+    for roof, of_roof in roofs.groupby("roof_tflops"):
+        which = "compute" if roof == of_roof["compute"].iloc[0] else "bandwidth"
+        shards = ", ".join(map(str, of_roof.index)) if roofs["roof_tflops"].nunique() > 1 else ""
         axis.axhline(roof, color="black", lw=1, ls="--")
         axis.annotate(
             f"{which}{shards and f', TP {shards}'}: {roof:,.0f}",
