@@ -156,7 +156,7 @@ def measure(
                         journal.append(lost.of.row() | said | lost.row)
                     raise MeasureError(
                         f"{lost}. The rows that were finished are in {store}; measure the others "
-                        "without this configuration"
+                        "without it"
                     ) from None
                 done: dict[_Asked, dict[str, Any]] = {of: rows[of] for of in unit}
                 done |= {of: of.row() | said for of in found if isinstance(of, others.Asked)}

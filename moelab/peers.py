@@ -559,3 +559,10 @@ PEERS = {
         ),
     )
 }
+
+
+def described() -> str:
+    """List every peer in Markdown: what is called, and beside which of ours."""
+    return "\n".join(
+        f"- `{peer.name}`, beside {', '.join(peer.kernels)}: {peer.note}" for peer in PEERS.values()
+    )

@@ -235,7 +235,7 @@ def test_a_lost_context_ends_the_run_and_keeps_what_was_finished(machine, tmp_pa
     asked = both_layers(m="512,1536")
     culprit = next(of for of in asked if of.problem.m == 1536)
     machine(lost=[culprit])
-    with pytest.raises(MeasureError, match=f"CUDA error.*are in {tmp_path}.*without this"):
+    with pytest.raises(MeasureError, match=f"CUDA error.*are in {tmp_path}.*without it"):
         bench.measure(asked, tmp_path, progress=False)
     kept = records.read(tmp_path)
     assert list(kept["status"].value_counts().items()) == [("ok", 8), ("launch_error", 1)]

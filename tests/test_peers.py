@@ -289,3 +289,11 @@ def test_peers_take_turns_with_ours(tmp_path):
     assert set(of_peers["status"]) <= {"ok", "unavailable"}
     kept = records.read(tmp_path)
     assert len(kept[kept["mode"] == "measured"]) == len(rows)
+
+
+def test_every_peer_is_described_with_what_is_called_beside_which_of_ours():
+    told = peers.described().splitlines()
+    assert len(told) == len(peers.PEERS)
+    for line, peer in zip(told, peers.PEERS.values(), strict=True):
+        assert f"`{peer.name}`" in line and peer.note in line
+        assert all(kernel in line for kernel in peer.kernels)
