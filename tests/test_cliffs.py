@@ -325,6 +325,7 @@ def test_curves_are_told_apart_by_their_sums_where_they_differ():
     rows = [launch(m, 100.0, fast_accum=fast) for m in (2048, 4096) for fast in (False, True)]
     curve = [*CURVE, "fast_accum"]
     of_cells = cliffs.cells(tables.labelled(frame(rows)), "tflops", curve)
+    plots.use_style()
     figure = plots.cliffs_along_m(cliffs.steps(of_cells, curve), curve)
     titles = [axis.get_title("left").split("\n")[-1] for axis in figure.axes]
     assert titles == ["TP 1, sums in fp32", "TP 1, sums in the tensor cores"]
