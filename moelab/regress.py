@@ -3,65 +3,27 @@
 Frames in, verdicts out; no compiler, no GPU. A verdict says no more than the rows can know:
 where noise hides the answer it is `inconclusive`, and a time against another run's is advice.
 
-How speed is judged. A round is the sample, for repetitions within a round are not independent:
-d_r = ln(median of the candidate's repetitions / median of the baseline's) in round r. With mean
-d and standard error se of R rounds, L = ln(1 + threshold), and T of Student's distribution with
-R - 1 degrees of freedom:
-
-    regressed   P(T > (d - L) / se) small, by Benjamini and Hochberg over all cells
-    improved    P(T < (d + L) / se) likewise
-    passed      P(T < (d - L) / se) small: it is not slower by more than the threshold
-
-Small is 0.05 / 3: whoever measures may look after 6, 12 and 24 rounds, and go on with the cells
-that are still undecided. Fewer rounds decide nothing.
-
-What that assumes, and what a sweep of one H200 says to it (849 configurations, 6 rounds of 5
-repetitions, `noise(records.read(trade.SHIPPED))`; two neighbours of a problem are a pair):
-
-- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.15, where
-  6 independent rounds would give -0.17, for their mean is taken off. A pair's d_r spreads by
-  0.16% (standard deviation, median over pairs), a tenth of pairs by more than 0.49%.
-- Medians leave outliers out: the first repetition of a turn is slower by 1.3% in the median,
-  and more than 3% off in 29% of turns.
-- What drifts meets both sides: they took turns in the same run. Another run's time is off by
-  up to 1.9% for the same build (`benchmarks/same_build.py`), more than many thresholds.
-- Nothing shifts one side for a whole run, where its tensors lie in memory, say: no number of
-  rounds shows it. Only another run does.
-- Cells that share a baseline's rounds depend on each other positively, which leaves the control
-  of false discoveries as it is (Benjamini and Yekutieli, Annals of Statistics 29, 2001).
-- The events that keep time tick every 0.032 us, so that se is no less than what that rounds off.
-
-`tests/test_regress.py` simulates it, with drift, outliers, two modes and autocorrelation.
+Speed is judged by `paired_rounds` where both sides took turns in one run. A time of another run,
+or one that has no samples, decides nothing: it is listed, and a slower one is inconclusive.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
-import os
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import records, tables, trade
+from . import paired_rounds, records, tables
+from .baselines import inert, listed
+from .paired_rounds import LOOKS, THRESHOLD
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-
-THRESHOLD = 0.03
-
-# Rounds after which one may look, and the error that each look may make.
-LOOKS = (6, 12, 24)
-_ERROR = 0.05 / len(LOOKS)
-
-# Of the H200's events, as its samples show.
-_TICK_US = 0.032
 
 # The gravest first. `changed` is neither better nor worse.
 ANSWERS = ("regressed", "inconclusive", "improved", "changed", "passed")
@@ -134,202 +96,6 @@ class Comparison:
     def exit_code(self) -> int:
         """What a CI job is told: 0 no regression, 1 regression, 3 inconclusive."""
         return EXIT_CODES[self.verdict]
-
-
-# Speed.
-
-
-def judge(
-    differences: np.ndarray, floor: np.ndarray | float = 0.0, threshold: float = THRESHOLD
-) -> pd.DataFrame:
-    """Judge the speed of cells whose sides took turns.
-
-    Args:
-        differences: ``[cells, rounds]``: d_r, NaN where a cell has fewer rounds.
-        floor: the least standard error of each cell, in the same logarithms.
-        threshold: a fraction of the baseline's time.
-    Returns:
-        per cell ``rounds``, ``ratio``, ``ratio_low``, ``ratio_high``, ``spread`` and ``answer``.
-
-    >>> import numpy as np
-    >>> rounds = np.log(1 + np.array([[5, 6, 5, 6, 5, 6], [0, 1, 0, 1, 0, 1]]) / 100)
-    >>> list(judge(rounds)["answer"])
-    ['regressed', 'passed']
-    """
-    import numpy as np
-
-    rounds = (~np.isnan(differences)).sum(axis=1)
-    taken = np.where(np.isnan(differences), 0, differences)
-    mean = taken.sum(axis=1) / np.maximum(rounds, 1)
-    off = np.where(np.isnan(differences), 0, differences - mean[:, None])
-    spread = np.sqrt((off**2).sum(axis=1) / np.maximum(rounds - 1, 1))
-    error = np.maximum(spread / np.sqrt(np.maximum(rounds, 1)), floor)
-    return _answered(mean, error, rounds - 1.0, rounds, threshold).assign(spread=spread)
-
-
-def _answered(
-    mean: np.ndarray, error: np.ndarray, freedom: np.ndarray, rounds: np.ndarray, threshold: float
-) -> pd.DataFrame:
-    """Give the answers to differences with their standard errors and degrees of freedom."""
-    import numpy as np
-    import pandas as pd
-    from scipy import stats
-
-    limit = math.log1p(threshold)
-    # Equal rounds on a clock that rounds nothing off have no error, and no doubt.
-    error = np.maximum(error, np.finfo(float).tiny)
-    freedom = np.maximum(freedom, 1)
-    enough = rounds >= LOOKS[0]
-    slower = np.where(enough, stats.t.sf((mean - limit) / error, freedom), 1.0)
-    faster = np.where(enough, stats.t.cdf((mean + limit) / error, freedom), 1.0)
-    within = np.where(enough, stats.t.cdf((mean - limit) / error, freedom), 1.0)
-    answer = np.full(len(mean), "inconclusive", dtype=object)
-    answer[within <= _ERROR] = "passed"
-    for name, chance in (("improved", faster), ("regressed", slower)):
-        if len(chance):
-            answer[stats.false_discovery_control(chance) <= _ERROR] = name
-    margin = stats.t.ppf(0.975, freedom) * error
-    return pd.DataFrame(
-        {
-            "rounds": rounds,
-            "ratio": np.exp(mean),
-            "ratio_low": np.exp(mean - margin),
-            "ratio_high": np.exp(mean + margin),
-            "answer": answer,
-        }
-    )
-
-
-@functools.cache
-def _reach(rounds: int, cells: int, power: float) -> float:
-    """How many standard errors beyond the threshold an effect must lie to be found."""
-    from scipy import optimize, stats
-
-    # The least favourable: no other cell is slow.
-    needed = stats.t.isf(_ERROR / cells, rounds - 1)
-    return float(
-        optimize.brentq(
-            lambda beyond: stats.nct.sf(needed, rounds - 1, beyond) - power, 0, 3 * needed + 10
-        )
-    )
-
-
-def found(
-    rounds: int,
-    spread: float,
-    *,
-    cells: int = 1,
-    threshold: float = THRESHOLD,
-    power: float = 0.95,
-) -> float:
-    """Tell the least slowdown that so many rounds find.
-
-    Args:
-        spread: standard deviation of d_r.
-        cells: of the comparison, of which this is the only slow one.
-        power: in which share of comparisons.
-    Returns:
-        a fraction of the baseline's time.
-
-    >>> round(found(6, 0.0016, cells=300), 3), round(found(24, 0.0016, cells=300), 3)
-    (0.043, 0.032)
-    """
-    beyond = _reach(rounds, cells, power) * spread / math.sqrt(rounds)
-    return math.expm1(math.log1p(threshold) + beyond)
-
-
-def rounds_needed(
-    slowdown: float,
-    spread: float,
-    *,
-    cells: int = 1,
-    threshold: float = THRESHOLD,
-    power: float = 0.95,
-    most: int = 1000,
-) -> int | None:
-    """Tell how many rounds a slowdown needs to be found; None if more than ``most``.
-
-    Args: as of `found`.
-
-    >>> rounds_needed(0.04, 0.0094, cells=300)
-    40
-    """
-    if slowdown <= threshold:
-        return None
-    rounds = range(LOOKS[0], most + 1)
-    low, high = 0, len(rounds)
-    while low < high:
-        middle = (low + high) // 2
-        least = found(rounds[middle], spread, cells=cells, threshold=threshold, power=power)
-        if least <= slowdown:
-            high = middle
-        else:
-            low = middle + 1
-    return rounds[low] if low < len(rounds) else None
-
-
-def noise(rows: pd.DataFrame) -> pd.Series:
-    """Measure the noise of measured rows: what a threshold has to clear on that device.
-
-    Two neighbours of the same problem and run are a pair.
-
-    Returns:
-        ``pairs``; ``spread`` of a pair's d_r, the median and the 90th percentile over pairs;
-        its lag-1 ``autocorrelation``, and what independent rounds would give; how far the
-        ``first repetition`` of a turn lies from the turn's median, and the share of turns
-        where that is more than 3%; the least step between two samples, ``tick_us``.
-    Raises:
-        ValueError: no two rows of one problem have samples.
-    """
-    import numpy as np
-    import pandas as pd
-
-    timed = rows[rows["samples_us"].notna()]
-    samples = {index: _rounds(text) for index, text in timed["samples_us"].items()}
-    medians = {index: _medians(of) for index, of in samples.items()}
-    together = timed.groupby([*_CELL, "gpu", "workload", "run"], sort=False, dropna=False)
-    pairs = [
-        medians[second] - medians[first]
-        for _, of_problem in together
-        for first, second in itertools.pairwise(of_problem.index)
-    ]
-    if not pairs:
-        raise ValueError("no two rows of one problem and run have samples")
-    off = [pair - pair.mean() for pair in pairs]
-    spread = np.array([np.std(pair, ddof=1) for pair in pairs])
-    # Each pair counts alike, however noisy it is.
-    alike = [each / by for each, by in zip(off, spread, strict=True) if by > 0]
-    first_off = np.concatenate(
-        [[math.log(turn[0]) - np.median(np.log(turn)) for turn in of] for of in samples.values()]
-    )
-    every = np.unique(np.concatenate([np.concatenate(of) for of in samples.values()]))
-    return pd.Series(
-        {
-            "pairs": len(pairs),
-            "spread": np.median(spread),
-            "spread, 90th percentile": np.quantile(spread, 0.9),
-            "autocorrelation": sum((of[1:] * of[:-1]).sum() for of in alike)
-            / sum((of**2).sum() for of in alike),
-            "autocorrelation if independent": -1 / np.mean([len(pair) for pair in pairs]),
-            "first repetition": np.median(first_off),
-            "first repetition, share beyond 3%": (np.abs(first_off) > 0.03).mean(),
-            "tick_us": np.diff(every).min(),
-        }
-    )
-
-
-def _rounds(text: str) -> list[list[float]]:
-    return json.loads(text)
-
-
-def _medians(rounds: Sequence[Sequence[float]]) -> np.ndarray:
-    """Give the logarithms of rounds' medians."""
-    import numpy as np
-
-    return np.log([np.median(of_round) for of_round in rounds])
-
-
-# Cells.
 
 
 def compare(
@@ -539,11 +305,11 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
         if any(map(_missing, samples)):
             told[at] = {"how": SINGLE, "ratio": times[1] / times[0], "speed": "inconclusive"}
             continue
-        medians = [_medians(_rounds(text)) for text in samples]
+        medians = [paired_rounds.medians(text) for text in samples]
         if not _missing(row["run b"]) and row["run b"] == row["run c"]:
             rounds = min(map(len, medians))
             # Two uniform errors of a tick, that no number of rounds takes away.
-            floor = _TICK_US / math.sqrt(6) / min(times)
+            floor = paired_rounds.TICK_US / math.sqrt(6) / min(times)
             paired.append((at, medians[1][:rounds] - medians[0][:rounds], floor))
         else:
             apart.append((at, medians[0], medians[1]))
@@ -551,16 +317,20 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
         matrix = np.full((len(paired), max(len(d) for _, d, _ in paired)), np.nan)
         for place, (_, differences, _) in enumerate(paired):
             matrix[place, : len(differences)] = differences
-        judged = judge(matrix, np.array([floor for *_, floor in paired]), threshold)
+        judged = paired_rounds.judge(matrix, np.array([floor for *_, floor in paired]), threshold)
         for (at, *_), cell in zip(paired, judged.to_dict("records"), strict=True):
             answer = cell.pop("answer")
             cell |= {"how": PAIRED, "speed": answer}
             if answer == "inconclusive":
-                cell["rounds_needed"] = _to_decide(cell, len(paired), threshold)
+                cell["rounds_needed"] = paired_rounds.to_decide(
+                    cell["ratio"], cell["spread"], len(paired), threshold
+                )
             told[at] = cell
     if apart:
         for (at, *_), cell in zip(
-            apart, _welch([sides for _, *sides in apart], threshold).to_dict("records"), strict=True
+            apart,
+            paired_rounds.judge_apart([sides for _, *sides in apart], threshold).to_dict("records"),
+            strict=True,
         ):
             # Another run's shift may make a regression, or hide none.
             answer = cell.pop("answer")
@@ -576,28 +346,6 @@ def _one(row: Mapping[str, Any], name: str, side: str) -> Any:
     return None if _missing(value) else value
 
 
-def _welch(sides: Sequence[Sequence[np.ndarray]], threshold: float) -> pd.DataFrame:
-    """Judge times that were measured apart, by Welch's test of rounds' medians."""
-    import numpy as np
-
-    counts = np.array([[len(side) for side in cell] for cell in sides])
-    means = np.array([[side.mean() for side in cell] for cell in sides])
-    squares = np.array([[side.var(ddof=1) / len(side) for side in cell] for cell in sides])
-    squares = np.maximum(squares, np.finfo(float).tiny)
-    freedom = squares.sum(axis=1) ** 2 / (squares**2 / (counts - 1)).sum(axis=1)
-    error = np.sqrt(squares.sum(axis=1))
-    return _answered(means[:, 1] - means[:, 0], error, freedom, counts.min(axis=1), threshold)
-
-
-def _to_decide(cell: Mapping[str, Any], cells: int, threshold: float) -> int | None:
-    """Tell how many rounds would decide an inconclusive cell, if what was seen is the truth."""
-    seen, limit = math.log(cell["ratio"]), math.log1p(threshold)
-    if seen > limit:
-        return rounds_needed(cell["ratio"] - 1, cell["spread"], cells=cells, threshold=threshold)
-    # As far below the limit as a slowdown would be above it, and no other cell matters.
-    return rounds_needed(math.expm1(2 * limit - seen), cell["spread"], cells=1, threshold=threshold)
-
-
 def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Tell what differs between the sides, of settings and of what made the rows."""
     values: dict[str, list[set[str]]] = {}
@@ -611,16 +359,10 @@ def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]
                     found = values.setdefault(f"made by: {name}", [set(), set()])
                     found[side].add(str(value))
     return {
-        name: (_listed(sides[0]), _listed(sides[1]))
+        name: (listed(sides[0]), listed(sides[1]))
         for name, sides in values.items()
         if sides[0] != sides[1]
     }
-
-
-def _listed(values: Iterable[str], most: int = 5) -> str:
-    ordered = sorted(values, key=lambda text: (len(text), text))
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return (", ".join(ordered[:most]) or "none") + more
 
 
 # What is said of a comparison.
@@ -660,7 +402,7 @@ def sentences(comparison: Comparison) -> list[str]:
     said += _of_speed(comparison)
     if comparison.differs:
         what = "; ".join(
-            f"{_inert(name)} ({_inert(was)} | {_inert(now)})"
+            f"{inert(name)} ({inert(was)} | {inert(now)})"
             for name, (was, now) in comparison.differs.items()
         )
         said.append(f"The sides differ in {what}.")
@@ -697,9 +439,9 @@ def _of_power(paired: pd.DataFrame, threshold: float) -> str:
     if rounds < LOOKS[0]:
         return f"Fewer than {LOOKS[0]} rounds decide nothing: measure with more."
     cells = len(paired)
-    least = found(rounds, spread, cells=cells, threshold=threshold)
+    least = paired_rounds.found(rounds, spread, cells=cells, threshold=threshold)
     half = threshold + (least - threshold) / 2
-    needed = rounds_needed(half, spread, cells=cells, threshold=threshold)
+    needed = paired_rounds.rounds_needed(half, spread, cells=cells, threshold=threshold)
     more = f"one of {100 * half:.1f}% needs {needed or 'more than 1000'} rounds"
     return (
         f"The median cell (rounds spread by {100 * spread:.2f}%) finds a slowdown of "
@@ -737,12 +479,12 @@ def text(comparison: Comparison) -> str:
     lines = [f"{comparison.verdict}", *sentences(comparison)]
     moved = table(comparison)
     if len(moved):
-        shown = moved.head(_LISTED).map(_inert)
+        shown = moved.head(_LISTED).map(inert)
         lines += ["", shown.to_string(index=False)]
         if len(moved) > _LISTED:
             lines.append(f"and {len(moved) - _LISTED} more; --json has every cell")
     for title, rows in _one_sided(comparison):
-        lines += ["", title, rows.head(_LISTED).map(_inert).to_string(index=False)]
+        lines += ["", title, rows.head(_LISTED).map(inert).to_string(index=False)]
         if len(rows) > _LISTED:
             lines.append(f"and {len(rows) - _LISTED} more")
     return "\n".join(lines)
@@ -784,26 +526,12 @@ def _markdown_table(rows: pd.DataFrame) -> list[str]:
 
 def _code(value: Any) -> str:
     """Make a value inert within a code span of a table."""
-    return _inert(value).replace("`", "'").replace("|", "\N{BROKEN BAR}")
+    return inert(value).replace("`", "'").replace("|", "\N{BROKEN BAR}")
 
 
 def _escaped(sentence: str) -> str:
     """Make a sentence a code span where it has what Markdown might read, else leave it."""
     return sentence if re.fullmatch(r"[\w ,.;:%()+/-]*", sentence) else f"`{_code(sentence)}`"
-
-
-def _inert(value: Any) -> str:
-    """Make a value one line that commands neither a terminal nor a CI job.
-
-    Control characters go, and those that turn the direction of writing; so do the starts of
-    GitHub's and Azure's log commands, ``::`` and ``##[``.
-    """
-    if _missing(value):
-        return "-"
-    shown = "".join(
-        " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:300]
-    ).strip()
-    return shown.replace("::", ": :").replace("##[", "## [") or "-"
 
 
 def as_json(comparison: Comparison) -> str:
@@ -830,170 +558,3 @@ def as_json(comparison: Comparison) -> str:
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(rows.to_json(orient="records"))
-
-
-# Reading, where a damaged row must stop everything.
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-_PYTHON: dict[str, type | tuple[type, ...]] = {
-    "string": str,
-    "Int64": int,
-    "boolean": bool,
-    "Float64": (int, float),
-}
-
-
-def read(source: str | Path) -> pd.DataFrame:
-    """Read one side of a comparison, every row checked.
-
-    Args:
-        source: a store's folder, a .parquet export, or the name of a baseline: one in the
-            folder ``$MOELAB_BASELINES``, or the sweep that is shipped, ``h200_stage_sweep``.
-            ``SOURCE@COLUMN=VALUE,...`` keeps the rows that have these values, as
-            ``rows.parquet@num_stages=1`` or ``rows@run=20261123T172410-cf936c``.
-    Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: a row is damaged, of a later schema or of another than the file's others,
-            or there is none; the message names file and row.
-    """
-    name, wanted = _parted(str(source))
-    path = _located(name)
-    for where, row in _rows_at(path):
-        _check(where, row)
-    rows = records.read(path)
-    if rows.empty:
-        raise ValueError(f"{path} is empty: no row to compare")
-    for column, value in wanted.items():
-        if column not in rows:
-            raise ValueError(f"{source}: rows have no column {column!r}; see moelab.records")
-        spelled = rows[column].astype("string").fillna("none").str.casefold()
-        kept = rows[spelled == value.casefold()]
-        if kept.empty:
-            there = _listed(map(_inert, set(spelled)), 8)
-            raise ValueError(f"{source}: no row has {column} {value!r}; there are {there}")
-        rows = kept
-    return rows
-
-
-def _parted(source: str) -> tuple[str, dict[str, str]]:
-    """Part a source from what its rows are to have."""
-    name, at, rest = source.rpartition("@")
-    if not at or Path(source).exists() or "=" not in rest:
-        return source, {}
-    pairs = [each.partition("=") for each in rest.split(",")]
-    if wrong := [column for column, equals, _ in pairs if not equals or not column]:
-        raise ValueError(f"{source}: {wrong[0]!r} after @ is not COLUMN=VALUE")
-    return name, {column.strip(): value.strip() for column, _, value in pairs}
-
-
-def _located(name: str) -> Path:
-    """Find a path, or a baseline by name."""
-    path = Path(name)
-    if path.exists():
-        return path
-    folder = os.environ.get("MOELAB_BASELINES")
-    if _NAME.fullmatch(name) and folder and (kept := Path(folder) / f"{name}.parquet").is_file():
-        return kept
-    if name == trade.SHIPPED.stem:
-        return trade.SHIPPED
-    kept_names = sorted(kept.stem for kept in Path(folder).glob("*.parquet")) if folder else []
-    named = ", ".join([*kept_names, trade.SHIPPED.stem])
-    raise FileNotFoundError(
-        f"{name}: no such file, store or baseline; give a store's folder, a .parquet export, or "
-        f"one of {named}" + ("" if folder else "; $MOELAB_BASELINES names a folder of more")
-    )
-
-
-def _rows_at(path: Path) -> Iterator[tuple[str, Any]]:
-    """Give every row of a store or an export as it lies there, and where."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if path.is_dir():
-        for file in sorted(path.glob("*.jsonl")):
-            for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-                where = f"{file}, line {number}"
-                try:
-                    yield where, json.loads(line)
-                except ValueError:
-                    raise ValueError(f"{where}: not a row; the line is torn or damaged") from None
-        return
-    try:
-        # Without checksums a flipped bit is another number.
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as Parquet: {reason}") from None
-    if "schema" not in table.column_names or "status" not in table.column_names:
-        raise ValueError(f"{path}: not rows of moelab: no column schema or status")
-    first = None
-    for number, row in enumerate(table.to_pylist(), start=1):
-        where = f"{path}, row {number}"
-        first = row["schema"] if first is None else first
-        if row["schema"] != first:
-            raise ValueError(
-                f"{where}: schema {row['schema']}, while row 1 has {first}: two exports were "
-                "mixed; compare them apart"
-            )
-        yield where, row
-
-
-def _check(where: str, row: Any) -> None:
-    """Refuse a row that doesn't say what a row says.
-
-    Raises:
-        ValueError: naming where it is, the column and its value.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a row: {_inert(row)}")
-    schema = row.get("schema")
-    if type(schema) is not int or not 1 <= schema <= records.SCHEMA_VERSION:
-        raise ValueError(
-            f"{where}: schema {_inert(schema)}; this moelab reads 1 to {records.SCHEMA_VERSION}"
-        )
-    for name, kind in records.COLUMNS.items():
-        value = row.get(name)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            continue
-        # To Python True is a number.
-        if not isinstance(value, _PYTHON[kind]) or (kind != "boolean" and isinstance(value, bool)):
-            raise ValueError(f"{where}: {name} is {_inert(value)!r}, not of type {kind}")
-    for name, known in (("status", records.STATUSES), ("mode", records.MODES)):
-        if row.get(name) not in known:
-            raise ValueError(
-                f"{where}: {name} {_inert(row.get(name))!r} is none of {', '.join(known)}"
-            )
-    for name in ("kernel", "target"):
-        if row.get(name) is None:
-            raise ValueError(f"{where}: says no {name}")
-    time = row.get("time_us")
-    if time is not None and (time <= 0 or math.isinf(time)):
-        raise ValueError(f"{where}: time_us is {time}, not a time")
-    for name, whole in (("samples_us", _are_samples), ("made_by", _is_made_by)):
-        if (value := row.get(name)) is not None and not whole(value):
-            raise ValueError(f"{where}: {name} is damaged: {_inert(value[:60])}")
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _are_samples(text: str) -> bool:
-    """Say whether a text is rounds of times."""
-    rounds = _parsed(text)
-    return (
-        isinstance(rounds, list)
-        and len(rounds) > 1
-        and all(isinstance(of, list) and of for of in rounds)
-        and all(
-            type(us) in (int, float) and math.isfinite(us) and us > 0 for of in rounds for us in of
-        )
-    )
-
-
-def _is_made_by(text: str) -> bool:
-    return isinstance(_parsed(text), dict)
