@@ -28,7 +28,11 @@ repetitions, `noise(records.read(trade.SHIPPED))`; two neighbours of a problem a
   of false discoveries as it is (Benjamini and Yekutieli, Annals of Statistics 29, 2001).
 - The events that keep time tick every 0.032 us, so that se is no less than what that rounds off.
 
-SIMULATED
+`tests/test_paired_rounds.py` simulates 60 suites of 300 cells with drift, outliers, two modes and
+autocorrelation, a round's d_r spreading by 1% (moderate) or 2% (noisy). Equal code: none of 18,000
+cells is called changed, after 6.0 or 8.5 rounds on average. A slowdown of 5% (moderate) or 7%
+(noisy) is found in every cell, be it a tenth of them or one alone. Intervals hold the truth in 93
+to 96%, whatever it is; just below the threshold in 92%, for there luck decides when to stop.
 """
 
 from __future__ import annotations

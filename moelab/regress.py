@@ -435,18 +435,21 @@ def _of_speed(comparison: Comparison) -> Iterator[str]:
 
 def _of_power(paired: pd.DataFrame, threshold: float) -> str:
     """Say what so many rounds find, and how many a smaller slowdown would need."""
-    rounds, spread = int(paired["rounds"].median()), float(paired["spread"].median())
+    apart = paired[paired["spread"] > 0]
+    if apart.empty:
+        return "Both sides have the same times: they are the same rows."
+    rounds, spread = int(apart["rounds"].median()), float(apart["spread"].median())
     if rounds < LOOKS[0]:
         return f"Fewer than {LOOKS[0]} rounds decide nothing: measure with more."
     cells = len(paired)
     least = paired_rounds.found(rounds, spread, cells=cells, threshold=threshold)
     half = threshold + (least - threshold) / 2
     needed = paired_rounds.rounds_needed(half, spread, cells=cells, threshold=threshold)
-    more = f"one of {100 * half:.1f}% needs {needed or 'more than 1000'} rounds"
     return (
         f"The median cell (rounds spread by {100 * spread:.2f}%) finds a slowdown of "
-        f"{100 * least:.1f}% in 95 of 100 comparisons by its {rounds} rounds; {more}. Less than "
-        f"the threshold is never called slower: give a smaller --threshold."
+        f"{100 * least:.1f}% in 95 of 100 comparisons by its {rounds} rounds; one of "
+        f"{100 * half:.1f}% needs {needed or 'more than 1000'} rounds. What is slower by less "
+        "than the threshold is never called so: for that give a smaller one."
     )
 
 

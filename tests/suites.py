@@ -34,7 +34,7 @@ class Noise:
     mode_share: float = 0.1
     outlier_share: float = 0.03
 
-    def times(self, rng, slowdown, rounds=max(paired_rounds.LOOKS), repetitions=20):
+    def times(self, rng, slowdown, rounds=paired_rounds.LOOKS[-1], repetitions=20):
         """Draw ``[cells, rounds, 2, repetitions]`` logarithms of times, the baseline first."""
         cells = len(slowdown)
         turns = (cells, rounds, 2)
