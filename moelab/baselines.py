@@ -46,7 +46,7 @@ def read(source: str | Path) -> pd.DataFrame:
     path = _located(name)
     for where, row in _rows_at(path):
         _check(where, row)
-    rows = records.read(path)
+    rows = _frame(path)
     if rows.empty:
         raise ValueError(f"{path} is empty: no row to compare")
     for column, value in wanted.items():
@@ -59,6 +59,16 @@ def read(source: str | Path) -> pd.DataFrame:
             raise ValueError(f"{source}: no row has {column} {value!r}; there are {there}")
         rows = kept
     return rows
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    """Read rows that were checked; what damage there is left lies in an export's schema."""
+    try:
+        return records.read(path)
+    except (ValueError, LookupError, TypeError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: not readable as rows: {inert(error)}") from None
 
 
 def _parted(source: str) -> tuple[str, dict[str, str]]:
@@ -192,7 +202,7 @@ def inert(value: Any) -> str:
     """
     import pandas as pd
 
-    if pd.isna(value):
+    if pd.api.types.is_scalar(value) and pd.isna(value):
         return "-"
     shown = "".join(
         " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:300]

@@ -396,7 +396,7 @@ def sentences(comparison: Comparison) -> list[str]:
     cells = comparison.cells
     counted = ", ".join(f"{number} {answer}" for answer, number in counts(comparison).items())
     said = [
-        f"{len(cells)} cells in both: {counted}. Only the baseline has "
+        f"Cells in both: {len(cells)}, of them {counted}. Only the baseline has "
         f"{len(comparison.only_baseline)}, only the candidate {len(comparison.only_candidate)}."
     ]
     said += _of_speed(comparison)
@@ -461,7 +461,7 @@ def table(comparison: Comparison) -> pd.DataFrame:
     """
     cells = comparison.cells
     moved = cells[cells["verdict"] != "passed"]
-    return moved[["verdict", *_telling(cells), "what"]].reset_index(drop=True)
+    return moved[["verdict", *_telling(comparison), "what"]].reset_index(drop=True)
 
 
 _NAMES = (
@@ -471,10 +471,21 @@ _NAMES = (
 )
 
 
-def _telling(rows: pd.DataFrame) -> list[str]:
-    """Name the columns that tell cells apart to a reader."""
-    there = [name for name in _NAMES if name in rows and rows[name].notna().any()]
-    return [name for name in there if name == "kernel" or rows[name].nunique(dropna=False) > 1]
+def _telling(comparison: Comparison) -> list[str]:
+    """Name the columns that tell cells apart to a reader, those of one side alone too."""
+    sides = (comparison.cells, comparison.only_baseline, comparison.only_candidate)
+
+    def values(name: str) -> set[Any]:
+        return {
+            None if _missing(value) else value
+            for side in sides
+            if name in side
+            for value in side[name].unique()
+        }
+
+    # Rows of one side have every column, cells those that told them apart.
+    there = [name for name in _NAMES if name in comparison.cells]
+    return [name for name in there if name == "kernel" or len(values(name)) > 1]
 
 
 def text(comparison: Comparison) -> str:
@@ -515,7 +526,7 @@ def _one_sided(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
         ("candidate", comparison.only_candidate),
     ):
         if len(rows):
-            yield f"Only in the {side}: {len(rows)}", rows[[*_telling(rows), "status"]]
+            yield f"Only in the {side}: {len(rows)}", rows[[*_telling(comparison), "status"]]
 
 
 def _markdown_table(rows: pd.DataFrame) -> list[str]:

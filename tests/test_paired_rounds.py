@@ -77,7 +77,7 @@ def test_a_true_slowdown_is_found_and_no_other_cell_is(noise, slowdown, every, n
 @presets
 def test_intervals_hold_the_truth_whatever_it_is(noise, slowdown):
     held = {}
-    for true in (-0.05, 0.02, 0.03, 0.04, slowdown, 0.1):
+    for true in (-0.05, 0.02, 0.025, 0.03, 0.04, slowdown, 0.1):
         truth = slow_every(10, true)
         slow = truth != 0
         held[true] = share(
