@@ -194,7 +194,7 @@ def _is_made_by(text: str) -> bool:
     return isinstance(_parsed(text), dict)
 
 
-def inert(value: Any) -> str:
+def inert(value: Any, most: int = 300) -> str:
     """Make a value one line that commands neither a terminal nor a CI job.
 
     Control characters go, and those that turn the direction of writing; so do the starts of
@@ -205,7 +205,7 @@ def inert(value: Any) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return "-"
     shown = "".join(
-        " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:300]
+        " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:most]
     ).strip()
     return shown.replace("::", ": :").replace("##[", "## [") or "-"
 

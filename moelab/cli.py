@@ -927,6 +927,6 @@ def compare(
         if markdown is not None:
             markdown.write_text(regress.markdown(compared), encoding="utf-8")
     except (ValueError, OSError) as error:
-        raise click.UsageError(baselines.inert(error)) from None
+        raise click.UsageError(baselines.inert(error, most=2000)) from None
     click.echo(regress.as_json(compared) if as_json else regress.text(compared))
     raise SystemExit(compared.exit_code)

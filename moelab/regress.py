@@ -12,8 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +49,11 @@ _SETTINGS = (
 
 _PROVENANCE = ("run", "moelab")
 
-# Only a launch or a full compile tells these: another mode's `ok` does not deny them.
-_TOLD_BY_LDS = ("ok", "out_of_lds", "out_of_tmem")
+# How much a mode asks: what only the deeper of two tells, the other's `ok` does not deny.
+_DEPTH = {"lds": 0, "map": 0, "full": 1, "measured": 2}
+_TOLD_BY_ALL = ("ok", "out_of_lds", "out_of_tmem")
+
+# These say nothing of the configuration.
 _TRANSIENT = ("timeout", "out_of_memory", "unavailable")
 
 # What more of is worse, and what less of is; the rest is only told.
@@ -60,6 +62,9 @@ _WORSE_LESS = ("workgroups_per_cu", "warps_per_simd")
 RESOURCES = ("lds_bytes", "registers", *_WORSE_MORE, *_WORSE_LESS)
 
 _LISTED = 30
+
+# What would end a code span, or a table's cell.
+_IN_CODE = str.maketrans({"`": "'", "|": "\N{BROKEN BAR}"})
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,11 @@ def compare(
     far as is needed: what tells no two rows of a side apart is what may be compared.
 
     Args:
-        baseline, candidate: rows as `records.read` or `read` gives them.
+        baseline, candidate: rows as `records.read` or `baselines.read` gives them.
         threshold: of speed, a fraction of the baseline's time.
     Raises:
         ValueError: the threshold is not between 0 and 1, or no cell is in both; the message
-            shows the nearest of each.
+            shows one of each.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold {threshold:g}: give a fraction between 0 and 1, such as 0.03")
@@ -175,7 +180,7 @@ def _told_of_each(
 
 def _of_baseline(both: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Take the baseline's settings where both sides' stand beside each other."""
-    names = [name for name in (*_CELL, *_SETTINGS)]
+    names = [*_CELL, *_SETTINGS]
     return both[[name if name in by else f"{name} b" for name in names]].set_axis(names, axis=1)
 
 
@@ -229,11 +234,12 @@ def _fit(row: Mapping[str, Any]) -> tuple[str, ...]:
     if was == now:
         return ("passed" if was not in records.UNANSWERED else "inconclusive",)
     said = f"{was} -> {now}"
-    shallow, deep = sorted((row["mode b"], row["mode c"]), key=list(records.MODES).index)
     if {was, now} & {*_TRANSIENT} or was == "crashed":
         return "inconclusive", f"{said}: says nothing of the configuration, ask again"
-    if shallow not in ("map", deep) and not {was, now} <= {*_TOLD_BY_LDS}:
-        return "inconclusive", f"{said}, but one side was asked for {shallow}, the other {deep}"
+    modes = row["mode b"], row["mode c"]
+    ahead = _DEPTH[modes[0]] - _DEPTH[modes[1]]
+    if ahead and (was if ahead > 0 else now) not in _TOLD_BY_ALL:
+        return "inconclusive", f"{said}, asked as {modes[0]} and as {modes[1]}: ask both alike"
     if "ok" not in (was, now):
         return "changed", said
     lds = [row[f"lds_bytes {side}"] for side in "bc"]
@@ -391,8 +397,12 @@ def overall(comparison: Comparison) -> tuple[float, float, float] | None:
     return math.exp(mean), math.exp(mean - margin), math.exp(mean + margin)
 
 
-def sentences(comparison: Comparison) -> list[str]:
-    """Sum a comparison up: cells, speed, what these rounds can find, what else differs."""
+def sentences(comparison: Comparison, quoted: Callable[[Any], str] = inert) -> list[str]:
+    """Sum a comparison up: cells, speed, what these rounds can find, what else differs.
+
+    Args:
+        quoted: writes what comes from rows.
+    """
     cells = comparison.cells
     counted = ", ".join(f"{number} {answer}" for answer, number in counts(comparison).items())
     said = [
@@ -402,7 +412,7 @@ def sentences(comparison: Comparison) -> list[str]:
     said += _of_speed(comparison)
     if comparison.differs:
         what = "; ".join(
-            f"{inert(name)} ({inert(was)} | {inert(now)})"
+            f"{quoted(name)} ({quoted(was)} against {quoted(now)})"
             for name, (was, now) in comparison.differs.items()
         )
         said.append(f"The sides differ in {what}.")
@@ -510,7 +520,7 @@ def markdown(comparison: Comparison) -> str:
     Whatever comes from rows stands in code spans: it makes no link, mention, tag or cell.
     """
     lines = [f"## moelab compare: {comparison.verdict}", ""]
-    lines += [f"- {_escaped(sentence)}" for sentence in sentences(comparison)]
+    lines += [f"- {sentence}" for sentence in sentences(comparison, _code)]
     moved = table(comparison)
     if len(moved):
         lines += ["", *_markdown_table(moved)]
@@ -532,20 +542,15 @@ def _one_sided(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
 def _markdown_table(rows: pd.DataFrame) -> list[str]:
     lines = [" | ".join(("", *rows.columns, "")).strip(), "|---" * rows.shape[1] + "|"]
     for row in rows.head(_LISTED).itertuples(index=False):
-        lines.append("| " + " | ".join(f"`{_code(value)}`" for value in row) + " |")
+        lines.append("| " + " | ".join(map(_code, row)) + " |")
     if len(rows) > _LISTED:
         lines += ["", f"and {len(rows) - _LISTED} more"]
     return lines
 
 
 def _code(value: Any) -> str:
-    """Make a value inert within a code span of a table."""
-    return inert(value).replace("`", "'").replace("|", "\N{BROKEN BAR}")
-
-
-def _escaped(sentence: str) -> str:
-    """Make a sentence a code span where it has what Markdown might read, else leave it."""
-    return sentence if re.fullmatch(r"[\w ,.;:%()+/-]*", sentence) else f"`{_code(sentence)}`"
+    """Write a value as a code span that may stand in a table."""
+    return f"`{inert(value).translate(_IN_CODE)}`"
 
 
 def as_json(comparison: Comparison) -> str:

@@ -945,4 +945,4 @@ def test_a_threshold_may_be_typed_either_way(sides):
 def test_the_shipped_sweep_is_compared_by_name():
     result = run("compare", "h200_stage_sweep@num_stages=1", "h200_stage_sweep@num_stages=2")
     assert result.exit_code == 1
-    assert "The sides differ in num_stages (1 | 2)." in result.stdout
+    assert "The sides differ in num_stages (1 against 2)." in result.stdout

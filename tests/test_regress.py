@@ -104,8 +104,11 @@ def test_the_bytes_that_no_longer_fit_are_told():
 def test_what_one_side_was_not_asked_is_no_change(failed):
     told = cell(row(mode="measured", **failed), row(mode="lds"))
     assert told["fits"] == "inconclusive"
-    assert "one side was asked for lds, the other measured" in told["what"]
-    # The LDS is told by every mode.
+    assert "asked as measured and as lds: ask both alike" in told["what"]
+    # What the less asked of refuses, the other would have refused too; LDS is told by all.
+    assert cell(row(mode="lds", **REJECTED), row(mode="measured"))["fits"] == "improved"
+    assert cell(row(mode="lds"), row(mode="map", **REJECTED))["fits"] == "regressed"
+    assert cell(row(mode="map"), row(mode="full", **REJECTED))["fits"] == "inconclusive"
     assert cell(row(mode="measured"), row(mode="lds", **REFUSED))["fits"] == "regressed"
 
 
@@ -303,7 +306,7 @@ def test_of_source_that_changed_the_last_answer_counts():
 def test_a_difference_in_what_made_the_rows_is_told():
     told = compared(timed(), timed(made_by=json.dumps({"driver": "590", "date": "2026-12-01"})))
     assert told.differs == {"made by: driver": ("580", "590")}
-    assert "made by: driver (580 | 590)" in regress.text(told)
+    assert "made by: driver (580 against 590)" in regress.text(told)
     assert "nothing that rows tell" in regress.text(compared(timed(), timed()))
 
 
@@ -359,13 +362,13 @@ def test_a_hostile_name_is_text_and_nothing_else(column):
     assert rows[0].count("|") == header[0].count("|")
 
 
-def test_a_hostile_provenance_is_a_code_span():
-    made_by = json.dumps({"driver": "<b>@x</b>`[a](http://b)"})
-    markdown = regress.markdown(compared(timed(), timed(made_by=made_by)))
-    (line,) = [line for line in markdown.splitlines() if "<b>" in line]
-    assert line.startswith("- `")
-    assert line.endswith("`")
-    assert line.count("`") == 2
+@pytest.mark.parametrize(
+    "driver", ["<b>@x</b>`[a](http://b)", "www.example.com", "https://example.com", "__x__ | *y*"]
+)
+def test_a_hostile_provenance_is_in_code_spans(driver):
+    markdown = regress.markdown(compared(timed(), timed(made_by=json.dumps({"driver": driver}))))
+    (line,) = [line for line in markdown.splitlines() if line.startswith("- The sides differ")]
+    assert line.split("`")[::2] == ["- The sides differ in ", " (", " against ", ")."]
 
 
 def test_long_lists_are_cut_and_counted():
