@@ -1,11 +1,12 @@
 """Is one launch slower than another? Answers from rounds in which both took turns.
 
-A round is the sample, for repetitions within a round are not independent:
+A round is the sample, for repetitions within a round are not independent (Kalibera and Jones,
+Rigorous Benchmarking in Reasonable Time, ISMM 2013):
 d_r = ln(median of the candidate's repetitions / median of the baseline's) in round r. With mean
 d and standard error se of R rounds, L = ln(1 + threshold), and T of Student's distribution with
 R - 1 degrees of freedom:
 
-    regressed   P(T > (d - L) / se) small, by Benjamini and Hochberg over all cells
+    regressed   P(T > (d - L) / se) small, by Benjamini and Hochberg (1995) over all cells
     improved    P(T < (d + L) / se) likewise
     passed      P(T < (d - L) / se) small: it is not slower by more than the threshold
 
@@ -21,7 +22,8 @@ repetitions, `noise(records.read(trade.SHIPPED))`; two neighbours of a problem a
 - Medians leave outliers out: the first repetition of a turn is slower by 1.3% in the median,
   and more than 3% off in 29% of turns.
 - What drifts meets both sides: they took turns in the same run. Another run's time is off by
-  up to 1.9% for the same build (`benchmarks/same_build.py`), more than many thresholds.
+  up to 1.9% for the same build (`benchmarks/same_build.py`), which a threshold alone can't tell
+  from a slowdown.
 - Nothing shifts one side for a whole run, where its tensors lie in memory, say: no number of
   rounds shows it. Only another run does.
 - Cells that share a baseline's rounds depend on each other positively, which leaves the control
@@ -31,8 +33,9 @@ repetitions, `noise(records.read(trade.SHIPPED))`; two neighbours of a problem a
 `tests/test_paired_rounds.py` simulates 60 suites of 300 cells with drift, outliers, two modes and
 autocorrelation, a round's d_r spreading by 1% (moderate) or 2% (noisy). Equal code: none of 18,000
 cells is called changed, after 6.0 or 8.5 rounds on average. A slowdown of 5% (moderate) or 7%
-(noisy) is found in every cell, be it a tenth of them or one alone. Intervals hold the truth in 93
-to 96%, whatever it is; just below the threshold in 92%, for there luck decides when to stop.
+(noisy) is found in 100.0% of slow cells, be they a tenth of all or one alone. Intervals hold the
+truth in 93 to 96%, whatever it is; just below the threshold in 92%, for there luck decides when
+to stop.
 """
 
 from __future__ import annotations
@@ -162,7 +165,7 @@ def found(
         a fraction of the baseline's time.
 
     >>> round(found(6, 0.0016, cells=300), 3), round(found(24, 0.0016, cells=300), 3)
-    (0.043, 0.032)
+    (0.041, 0.032)
     """
     beyond = _reach(rounds, cells, power) * spread / math.sqrt(rounds)
     return math.expm1(math.log1p(threshold) + beyond)
@@ -182,7 +185,7 @@ def rounds_needed(
     Args: as of `found`.
 
     >>> rounds_needed(0.04, 0.0094, cells=300)
-    40
+    37
     """
     if slowdown <= threshold:
         return None

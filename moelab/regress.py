@@ -127,7 +127,10 @@ def compare(
     ]
     by = list(_CELL)
     for name in _SETTINGS:
-        if any(side.duplicated(by).any() and _tells_apart(side, by, name) for side in sides):
+        crowded = [side for side in sides if side.duplicated(by).any()]
+        if not crowded:
+            break
+        if any(_tells_apart(side, by, name) for side in crowded):
             by.append(name)
     paired = sides[0].merge(
         sides[1], on=by, how="outer", suffixes=(" b", " c"), indicator="side", sort=False

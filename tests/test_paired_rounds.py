@@ -83,7 +83,7 @@ def test_intervals_hold_the_truth_whatever_it_is(noise, slowdown):
         held[true] = share(
             [suites.covered(cells, truth)[slow] for cells in simulated(noise, truth, 60)]
         )
-    print("\nintervals hold", ", ".join(f"{true:+.0%} in {of:.1%}" for true, of in held.items()))
+    print("\nintervals hold", ", ".join(f"{true:+.1%} in {of:.1%}" for true, of in held.items()))
     assert 0.93 <= share(list(held.values())) <= 0.97
     # Whoever stops at what was seen stops at luck too, just below the threshold the most.
     assert min(held.values()) > 0.92
