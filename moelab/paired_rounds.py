@@ -22,8 +22,8 @@ repetitions, `noise(records.read(trade.SHIPPED))`; two neighbours of a problem a
 - Medians leave outliers out: the first repetition of a turn is slower by 1.3% in the median,
   and more than 3% off in 29% of turns.
 - What drifts meets both sides: they took turns in the same run. Another run's time is off by
-  up to 1.9% for the same build (`benchmarks/same_build.py`), which a threshold alone can't tell
-  from a slowdown.
+  up to 1.9% for the same build (`benchmarks/same_build.py`), which no threshold tells
+  apart from a slowdown.
 - Nothing shifts one side for a whole run, where its tensors lie in memory, say: no number of
   rounds shows it. Only another run does.
 - Cells that share a baseline's rounds depend on each other positively, which leaves the control
