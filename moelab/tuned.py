@@ -344,31 +344,37 @@ _NAMES = ["kernel", "model", "fast_accum", "layer", "tp", "m"]
 
 
 def winners(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Reduce measured rows to the quickest of each problem and block_m.
+    """Reduce measured rows to the quickest of each shape, token count and block_m.
+
+    Of problems that differ in what their epilogue does alone, the one counts for which most
+    configurations were compared.
 
     Args:
         rows: of `bench.measure`; what was not timed is left out.
     Returns:
         rows for `save`.
     """
-    found = []
+    found: dict[tuple[Shape, int, int], dict[str, Any]] = {}
     for of_one in _comparable(rows, "block_m"):
         timed = of_one.sort_values("time_us", kind="stable").to_dict("records")
         row = timed[0]
-        found.append(
-            Shape.of(row["kernel"], _problem_of(row))._asdict()
-            | {"m": row["m"], "of": f"{row['model']}, layer {row['layer']}, TP {row['tp']}"}
-            | {name: row[name] for name in (*_TILE, "num_warps", "num_stages") if name in row}
-            | {
-                "time_us": round(row["time_us"], 2),
-                "low_us": round(row["time_low_us"], 2),
-                "high_us": round(row["time_high_us"], 2),
-                "runner_up_us": round(timed[1]["time_us"], 2) if timed[1:] else None,
-                "compared": row["compared"],
-                "made_by": _made_by(row),
-            }
-        )
-    return found
+        shape = Shape.of(row["kernel"], _problem_of(row))
+        known = found.get(key := (shape, row["m"], row["block_m"]))
+        if known is None or row["compared"] > known["compared"]:
+            found[key] = (
+                shape._asdict()
+                | {"m": row["m"], "of": f"{row['model']}, layer {row['layer']}, TP {row['tp']}"}
+                | {name: row[name] for name in (*_TILE, "num_warps", "num_stages") if name in row}
+                | {
+                    "time_us": round(row["time_us"], 2),
+                    "low_us": round(row["time_low_us"], 2),
+                    "high_us": round(row["time_high_us"], 2),
+                    "runner_up_us": round(timed[1]["time_us"], 2) if timed[1:] else None,
+                    "compared": row["compared"],
+                    "made_by": _made_by(row),
+                }
+            )
+    return list(found.values())
 
 
 def gains(rows: pd.DataFrame) -> pd.DataFrame:

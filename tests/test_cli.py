@@ -820,9 +820,10 @@ def test_rows_measured_before_become_a_file_without_a_gpu(tmp_path):
     result = run("tune", "--rows", trade.SHIPPED, "--out", out, "--json")
     assert result.exit_code == 0, result.stderr
     gains = [json.loads(line) for line in result.stdout.splitlines()]
-    # Only the published tiles are in it: the best of them is the best there is.
+    # Of all problems but one only the published tiles are in it: the best of them is the best
+    # there is. Of that one there are tiles with three block_m, and no published one among them.
     assert {row["gain"] for row in gains} == {1}
-    assert len(gains) == len(tuned.read(out)["rows"]) == 260
+    assert len(gains) == len(tuned.read(out)["rows"]) - 3 == 260
 
 
 def test_rows_of_several_targets_are_not_one_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -74,6 +75,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
     monkeypatch.setattr(timing, "_flush", lambda: device)
     monkeypatch.setattr(sensors, "read", device.read)
+    monkeypatch.setattr(timing, "_flushes", lambda launch: 1)
     return device
 
 
@@ -88,6 +90,45 @@ def test_every_sample_is_one_launch_behind_a_flush_and_without_it(device):
     work = [what for what in device.log if what not in ("read", "synchronize")]
     assert set(work[::2]) == {"flush"}
     assert set(work[1::2]) == {"a", "b"}
+
+
+@pytest.mark.parametrize(("host_us", "flushes"), [(20, 1), (149, 1), (151, 2), (1400, 10)])
+def test_the_gpu_is_busy_for_twice_what_the_cpu_takes_to_launch(host_us, flushes, monkeypatch):
+    import torch
+
+    class Busy:
+        """Stands for a GPU that writes a flush in 300 us, and for the CPU's clock."""
+
+        now = pending = 0.0
+
+        def zero_(self):
+            self.pending += 300e-6
+
+        def synchronize(self):
+            self.now, self.pending = self.now + self.pending, 0.0
+
+    busy = Busy()
+
+    def launch():
+        busy.now += host_us * 1e-6
+        # What the GPU takes for it does not count.
+        busy.pending += 5e-3
+
+    monkeypatch.setattr(timing, "_flush", lambda: busy)
+    monkeypatch.setattr(torch.cuda, "synchronize", busy.synchronize)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: busy.now)
+    assert timing._flushes(launch) == flushes
+
+
+def test_a_launch_that_the_cpu_is_slow_to_make_has_more_flushes_before_it(device, monkeypatch):
+    heads = {"a": 1, "b": 3}
+    monkeypatch.setattr(timing, "_flushes", lambda launch: heads[launch()])
+    launches = {name: lambda name=name: device.log.append(name) or name for name in heads}
+    timed(launches)
+    signs = {"flush": "-", "read": "", "synchronize": ""}
+    log = "".join(signs.get(what, what) for what in device.log)
+    # Each was launched once to ask the CPU.
+    assert re.fullmatch("(ab|ba)(---b|-a)+", log)
 
 
 def turns(device, first):

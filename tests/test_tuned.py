@@ -355,11 +355,12 @@ def test_what_is_shipped_says_where_it_comes_from_and_is_consistent(path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_the_shipped_choices_cover_what_the_published_rules_route_with(path):
-    """Who routes as published and leaves the tile out gets an answer, and no error."""
+def test_who_routes_as_published_gets_a_choice_or_is_told_what_to_route_with(path):
     found = tuned.read(path)
     names = {field.name for field in fields(Problem)} & set(Shape._fields)
     for row in found["rows"]:
         of = Problem("", 1, 1, row["m"], swiglu=False, weighted=False, **{n: row[n] for n in names})
         routed = problems.routed_block_m(of)
-        assert tuned.best(row["kernel"], of, found["target"], routed) is not None
+        if tuned.best(row["kernel"], of, found["target"], routed) is None:
+            with pytest.raises(ValueError, match=r"route with \d+, the best"):
+                tuned.choose(Shape.of(row["kernel"], of), row["m"], routed, found["target"])
