@@ -11,13 +11,17 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import records, trade
+from . import records
+from .specs import Problem, Tile
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_SHIPPED = Path(__file__).parent / "data"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -29,18 +33,22 @@ _PYTHON: dict[str, type | tuple[type, ...]] = {
 }
 
 
+# What every row of ours says: the fields that are never None.
+_SAID = tuple(item.name for item in (*fields(Problem), *fields(Tile)) if item.default is not None)
+
+
 def read(source: str | Path) -> pd.DataFrame:
     """Read one side of a comparison, every row checked.
 
     Args:
-        source: a store's folder, a .parquet export, or the name of a baseline: one in the
-            folder ``$MOELAB_BASELINES``, or the sweep that is shipped, ``h200_stage_sweep``.
+        source: a store's folder, a .parquet export, or the name of a baseline: a .parquet in the
+            folder ``$MOELAB_BASELINES``, or one that is shipped, such as ``h200_stage_sweep``.
             ``SOURCE@COLUMN=VALUE,...`` keeps the rows that have these values, as
             ``rows.parquet@num_stages=1`` or ``rows@run=20261123T172410-cf936c``.
     Raises:
         FileNotFoundError: there is nothing of that name.
-        ValueError: a row is damaged, of a later schema or of another than the file's others,
-            or there is none; the message names file and row.
+        ValueError: a row is damaged, of a later schema, or of an earlier one among later ones
+            without what those say; or there is none. The message names file and row.
     """
     name, wanted = _parted(str(source))
     path = _located(name)
@@ -87,16 +95,17 @@ def _located(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    folder = os.environ.get("MOELAB_BASELINES")
-    if _NAME.fullmatch(name) and folder and (kept := Path(folder) / f"{name}.parquet").is_file():
-        return kept
-    if name == trade.SHIPPED.stem:
-        return trade.SHIPPED
-    kept_names = sorted(kept.stem for kept in Path(folder).glob("*.parquet")) if folder else []
-    named = ", ".join([*kept_names, trade.SHIPPED.stem])
+    own = os.environ.get("MOELAB_BASELINES")
+    folders = [*([Path(own)] if own else []), _SHIPPED]
+    for folder in folders:
+        if _NAME.fullmatch(name) and (kept := folder / f"{name}.parquet").is_file():
+            return kept
+    named = ", ".join(
+        sorted({kept.stem for folder in folders for kept in folder.glob("*.parquet")})
+    )
     raise FileNotFoundError(
         f"{name}: no such file, store or baseline; give a store's folder, a .parquet export, or "
-        f"one of {named}" + ("" if folder else "; $MOELAB_BASELINES names a folder of more")
+        f"one of {named}" + ("" if own else "; $MOELAB_BASELINES names a folder of more")
     )
 
 
@@ -122,16 +131,8 @@ def _rows_at(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: not readable as Parquet: {reason}") from None
     if "schema" not in table.column_names or "status" not in table.column_names:
         raise ValueError(f"{path}: not rows of moelab: no column schema or status")
-    first = None
     for number, row in enumerate(table.to_pylist(), start=1):
-        where = f"{path}, row {number}"
-        first = row["schema"] if first is None else first
-        if row["schema"] != first:
-            raise ValueError(
-                f"{where}: schema {row['schema']}, while row 1 has {first}: two exports were "
-                "mixed; compare them apart"
-            )
-        yield where, row
+        yield f"{path}, row {number}", row
 
 
 def _check(where: str, row: Any) -> None:
@@ -162,6 +163,14 @@ def _check(where: str, row: Any) -> None:
     for name in ("kernel", "target"):
         if row.get(name) is None:
             raise ValueError(f"{where}: says no {name}")
+    # A column that is there for the rows of a later schema alone.
+    if row.get("model") is not None and row.get("peer") is None:
+        for name in _SAID:
+            if name in row and row[name] is None:
+                raise ValueError(
+                    f"{where}: says no {name}, of schema {schema}: rows of two schemas were mixed; "
+                    "compare them apart"
+                )
     time = row.get("time_us")
     if time is not None and (time <= 0 or math.isinf(time)):
         raise ValueError(f"{where}: time_us is {time}, not a time")

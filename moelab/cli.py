@@ -903,7 +903,7 @@ def compare(
     """Say what regressed between two sets of rows: fit, resources, speed.
 
     Each is a store's folder, a .parquet export, or a baseline's name: a file in
-    $MOELAB_BASELINES, or h200_stage_sweep, which is shipped. SOURCE@COLUMN=VALUE,... takes some
+    $MOELAB_BASELINES, or shipped, such as h200_stage_sweep. SOURCE@COLUMN=VALUE,... takes some
     of its rows. Cells are matched by kernel, problem and target, and by what else tells rows
     apart. Speed is judged where both sides took turns in one run; another run's times are
     listed, and prove nothing.

@@ -9,6 +9,7 @@ import suites
 
 from moelab import problems, records, regress
 from moelab.regress import ADVISORY, PAIRED, SINGLE
+from moelab.specs import Tile
 
 QUIET = [[1000.0, 1001.0], [1002.0, 1001.0], [999.0, 1000.0]] * 2
 NOISY = [
@@ -23,11 +24,7 @@ def row(**changed):
         **asdict(problems.problem("Llama4 Maverick", 1, 1, changed.pop("m", 512))),
         "target": "sm_90",
         "triton": "3.6.0",
-        "block_m": 16,
-        "block_n": 64,
-        "block_k": 64,
-        "split_k": 1,
-        "group_m": 4,
+        **asdict(Tile(16, 64, 64)),
         "num_warps": 4,
         "num_stages": 2,
         "mode": "full",
