@@ -120,7 +120,7 @@ def _rows_at(path: Path) -> Iterator[tuple[str, Any]]:
                 where = f"{file}, line {number}"
                 try:
                     yield where, json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise ValueError(f"{where}: not a row; the line is torn or damaged") from None
         return
     try:

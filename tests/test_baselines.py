@@ -56,9 +56,10 @@ def test_a_store_and_its_export_are_the_same_rows(store, tmp_path):
     pd.testing.assert_frame_equal(baselines.read(tmp_path / "rows.parquet"), rows)
 
 
-def test_a_torn_line_is_named_with_its_file(store):
+@pytest.mark.parametrize("end", ["", "\x00", "\udcff"])
+def test_a_torn_line_is_named_with_its_file(store, end):
     path = journals(store)[1]
-    path.write_text(path.read_text()[:-40])
+    path.write_text(path.read_text()[:-40] + end, errors="surrogateescape")
     assert refused(store) == f"{path}, line 2: not a row; the line is torn or damaged"
 
 
@@ -93,6 +94,12 @@ def test_a_damaged_row_is_named_with_its_file_line_and_column(store, changed, wo
     said = refused(store)
     assert said.startswith(f"{path}, line 2: {words}")
     assert len(said) < 500 + len(str(path))
+
+
+def test_a_line_nested_without_end_is_named(store):
+    path = journals(store)[1]
+    path.write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    assert refused(store) == f"{path}, line 1: not a row; the line is torn or damaged"
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", "3", "null", '"row"'])
