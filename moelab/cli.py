@@ -874,3 +874,59 @@ def export(
         if file.left_out:
             reasons = ", ".join(dict.fromkeys(file.left_out.values()))
             click.echo(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)
+
+
+def _share(_context: Any, _parameter: Any, text: str) -> float:
+    """Read ``3%`` or ``0.03``."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise click.BadParameter(f"{text}: give a share such as 3% or 0.03")
+    return share
+
+
+@app.command()
+@click.argument("baseline")
+@click.argument("candidate")
+@click.option("--threshold", default="3%", callback=_share, help="Slower by more is a regression.")
+@click.option(
+    "--markdown",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a summary as GitHub shows it, to $GITHUB_STEP_SUMMARY for one.",
+)
+@_as_json
+def compare(
+    baseline: str, candidate: str, threshold: float, markdown: Path | None, as_json: bool
+) -> None:
+    """Say what regressed between two sets of rows: fit, resources, speed.
+
+    Each is a store's folder, a .parquet export, or a baseline's name: a file in
+    $MOELAB_BASELINES, or shipped, such as h200_stage_sweep. SOURCE@COLUMN=VALUE,... takes some
+    of its rows. Cells are matched by kernel, problem and target, and by what else tells rows
+    apart. Speed is judged where both sides took turns in one run; another run's times are
+    listed, and prove nothing.
+
+    Ends with 0 where nothing regressed, 1 where something did, 2 after wrong use or where a row
+    is damaged, 3 where nothing regressed but something is inconclusive.
+
+    \b
+    Example:
+      moelab compare before.parquet after.parquet --markdown summary.md
+      moelab compare h200_stage_sweep@num_stages=1 h200_stage_sweep@num_stages=3
+    """
+    from . import baselines, regress
+
+    try:
+        if markdown is not None and markdown.suffix in (".parquet", ".jsonl"):
+            raise ValueError(f"--markdown {markdown}: name it {markdown.with_suffix('.md')}")
+        compared = regress.compare(
+            baselines.read(baseline), baselines.read(candidate), threshold=threshold
+        )
+        if markdown is not None:
+            markdown.write_text(regress.markdown(compared), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise click.UsageError(baselines.inert(error, most=2000)) from None
+    click.echo(regress.as_json(compared) if as_json else regress.text(compared))
+    raise SystemExit(compared.exit_code)

@@ -836,3 +836,114 @@ def test_rows_of_several_targets_are_not_one_file(tmp_path):
     assert result.exit_code == 1
     assert "one target" in result.stderr and "sm_90, gfx950" in result.stderr
     assert not (tmp_path / "tuned.json").exists()
+
+
+# compare.
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Write two sides of a comparison as exports, and name them."""
+    from test_regress import row
+
+    def write(baseline, candidate):
+        names = []
+        for name, changed in (("baseline", baseline), ("candidate", candidate)):
+            rows = records.frame([row(m=512), row(m=2560, **changed)])
+            names.append(records.export(rows, tmp_path / f"{name}.parquet"))
+        return names
+
+    return write
+
+
+REFUSED = {"status": "out_of_lds", "lds_bytes": 2000}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "code", "verdict"),
+    [
+        ({}, 0, "passed"),
+        (REFUSED, 1, "regressed"),
+        ({"status": "timeout"}, 3, "inconclusive"),
+    ],
+)
+def test_the_exit_code_of_a_comparison_is_its_verdict(sides, candidate, code, verdict):
+    result = run("compare", *sides({}, candidate))
+    assert result.exit_code == code
+    assert result.stdout.startswith(f"{verdict}\n")
+    told = json.loads(run("compare", *sides({}, candidate), "--json").stdout)
+    assert (told["verdict"], told["exit_code"], len(told["cells"])) == (verdict, code, 2)
+
+
+def test_a_comparison_loads_neither_torch_nor_triton(sides):
+    code = (
+        "import sys; from moelab.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code, {'torch', 'triton'} & set(sys.modules))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, "compare", *sides({}, {})], capture_output=True, text=True
+    )
+    assert process.stdout.splitlines()[-1] == "0 set()", process.stderr
+
+
+def test_a_comparison_is_summed_up_in_markdown_on_request(sides, tmp_path):
+    path = tmp_path / "summary.md"
+    assert run("compare", *sides({}, REFUSED), "--markdown", path).exit_code == 1
+    assert path.read_text().startswith("## moelab compare: regressed\n")
+    assert "`ok -> out_of_lds (100 -> 2,000 of 1,000 bytes)`" in path.read_text()
+
+
+@pytest.mark.parametrize("damage", ["torn", "schema", "empty", "absent", "other cells"])
+def test_a_damaged_side_exits_2_names_it_and_overwrites_nothing(sides, tmp_path, damage):
+    baseline, candidate = sides({}, {})
+    summary = tmp_path / "summary.md"
+    summary.write_text("as it was")
+    if damage == "torn":
+        candidate.write_bytes(candidate.read_bytes()[:-100])
+    elif damage == "schema":
+        records.export(records.read(candidate).assign(schema=999), candidate)
+    elif damage == "empty":
+        records.export(records.frame([]), candidate)
+    elif damage == "absent":
+        candidate.unlink()
+    else:
+        records.export(records.read(candidate).assign(kernel="another"), candidate)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run("compare", baseline, candidate, "--markdown", summary)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert (str(candidate) if damage != "other cells" else "no cell is in both") in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_summary_does_not_take_the_place_of_rows(sides, suffix):
+    baseline, candidate = sides({}, {})
+    path = candidate.with_suffix(suffix)
+    kept = path.read_bytes() if path.exists() else None
+    result = run("compare", baseline, candidate, "--markdown", path)
+    assert result.exit_code == 2
+    assert "candidate.md" in result.stderr
+    assert (path.read_bytes() if path.exists() else None) == kept
+
+
+@pytest.mark.parametrize("threshold", ["3", "0", "-1%", "nan", "much", "100%"])
+def test_a_threshold_that_is_no_share_exits_2(sides, threshold):
+    result = run("compare", *sides({}, {}), "--threshold", threshold)
+    assert result.exit_code == 2
+    assert "give a share such as 3% or 0.03" in result.stderr
+
+
+def test_a_threshold_may_be_typed_either_way(sides):
+    thresholds = [
+        json.loads(run("compare", *sides({}, {}), "--threshold", typed, "--json").stdout)
+        for typed in ("5%", "0.05")
+    ]
+    assert {told["threshold"] for told in thresholds} == {0.05}
+
+
+def test_the_shipped_sweep_is_compared_by_name():
+    result = run("compare", "h200_stage_sweep@num_stages=1", "h200_stage_sweep@num_stages=2")
+    assert result.exit_code == 1
+    assert "The sides differ in num_stages (1 against 2)." in result.stdout

@@ -1,0 +1,226 @@
+"""One side of a comparison: rows from a store, an export or a baseline's name, every row checked.
+
+A damaged row stops the reading: a verdict on what is left would be one on something else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import records
+from .specs import Problem, Tile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHIPPED = Path(__file__).parent / "data"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_PYTHON: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "Int64": int,
+    "boolean": bool,
+    "Float64": (int, float),
+}
+
+
+# What every row of ours says: the fields that are never None.
+_SAID = tuple(item.name for item in (*fields(Problem), *fields(Tile)) if item.default is not None)
+
+
+def read(source: str | Path) -> pd.DataFrame:
+    """Read one side of a comparison, every row checked.
+
+    Args:
+        source: a store's folder, a .parquet export, or the name of a baseline: a .parquet in the
+            folder ``$MOELAB_BASELINES``, or one that is shipped, such as ``h200_stage_sweep``.
+            ``SOURCE@COLUMN=VALUE,...`` keeps the rows that have these values, as
+            ``rows.parquet@num_stages=1`` or ``rows@run=20261123T172410-cf936c``.
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: a row is damaged, of a later schema, or of an earlier one among later ones
+            without what those say; or there is none. The message names file and row.
+    """
+    name, wanted = _parted(str(source))
+    path = _located(name)
+    for where, row in _rows_at(path):
+        _check(where, row)
+    rows = _frame(path)
+    if rows.empty:
+        raise ValueError(f"{path} is empty: no row to compare")
+    for column, value in wanted.items():
+        if column not in rows:
+            raise ValueError(f"{source}: rows have no column {column!r}; see moelab.records")
+        spelled = rows[column].astype("string").fillna("none").str.casefold()
+        kept = rows[spelled == value.casefold()]
+        if kept.empty:
+            there = listed(map(inert, set(spelled)), 8)
+            raise ValueError(f"{source}: no row has {column} {value!r}; there are {there}")
+        rows = kept
+    return rows
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    """Read rows that were checked; what damage there is left lies in an export's schema."""
+    try:
+        return records.read(path)
+    except (ValueError, LookupError, TypeError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: not readable as rows: {inert(error)}") from None
+
+
+def _parted(source: str) -> tuple[str, dict[str, str]]:
+    """Part a source from what its rows are to have."""
+    name, at, rest = source.rpartition("@")
+    if not at or Path(source).exists() or "=" not in rest:
+        return source, {}
+    pairs = [each.partition("=") for each in rest.split(",")]
+    if wrong := [column for column, equals, _ in pairs if not equals or not column]:
+        raise ValueError(f"{source}: {wrong[0]!r} after @ is not COLUMN=VALUE")
+    return name, {column.strip(): value.strip() for column, _, value in pairs}
+
+
+def _located(name: str) -> Path:
+    """Find a path, or a baseline by name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    own = os.environ.get("MOELAB_BASELINES")
+    folders = [*([Path(own)] if own else []), _SHIPPED]
+    for folder in folders:
+        if _NAME.fullmatch(name) and (kept := folder / f"{name}.parquet").is_file():
+            return kept
+    named = ", ".join(
+        sorted({kept.stem for folder in folders for kept in folder.glob("*.parquet")})
+    )
+    raise FileNotFoundError(
+        f"{name}: no such file, store or baseline; give a store's folder, a .parquet export, or "
+        f"one of {named}" + ("" if own else "; $MOELAB_BASELINES names a folder of more")
+    )
+
+
+def _rows_at(path: Path) -> Iterator[tuple[str, Any]]:
+    """Give every row of a store or an export as it lies there, and where."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.is_dir():
+        for file in sorted(path.glob("*.jsonl")):
+            for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+                where = f"{file}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except (ValueError, RecursionError):
+                    raise ValueError(f"{where}: not a row; the line is torn or damaged") from None
+        return
+    try:
+        # Without checksums a flipped bit is another number.
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not readable as Parquet: {reason}") from None
+    if "schema" not in table.column_names or "status" not in table.column_names:
+        raise ValueError(f"{path}: not rows of moelab: no column schema or status")
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield f"{path}, row {number}", row
+
+
+def _check(where: str, row: Any) -> None:
+    """Refuse a row that doesn't say what a row says.
+
+    Raises:
+        ValueError: naming where it is, the column and its value.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a row: {inert(row)}")
+    schema = row.get("schema")
+    if type(schema) is not int or not 1 <= schema <= records.SCHEMA_VERSION:
+        raise ValueError(
+            f"{where}: schema {inert(schema)}; this moelab reads 1 to {records.SCHEMA_VERSION}"
+        )
+    for name, kind in records.COLUMNS.items():
+        value = row.get(name)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        # To Python True is a number.
+        if not isinstance(value, _PYTHON[kind]) or (kind != "boolean" and isinstance(value, bool)):
+            raise ValueError(f"{where}: {name} is {inert(value)!r}, not of type {kind}")
+    for name, known in (("status", records.STATUSES), ("mode", records.MODES)):
+        if row.get(name) not in known:
+            raise ValueError(
+                f"{where}: {name} {inert(row.get(name))!r} is none of {', '.join(known)}"
+            )
+    for name in ("kernel", "target"):
+        if row.get(name) is None:
+            raise ValueError(f"{where}: says no {name}")
+    # A column that is there for the rows of a later schema alone.
+    if row.get("model") is not None and row.get("peer") is None:
+        for name in _SAID:
+            if name in row and row[name] is None:
+                raise ValueError(
+                    f"{where}: says no {name}, of schema {schema}: rows of two schemas were mixed; "
+                    "compare them apart"
+                )
+    time = row.get("time_us")
+    if time is not None and (time <= 0 or math.isinf(time)):
+        raise ValueError(f"{where}: time_us is {time}, not a time")
+    for name, whole in (("samples_us", _are_samples), ("made_by", _is_made_by)):
+        if (value := row.get(name)) is not None and not whole(value):
+            raise ValueError(f"{where}: {name} is damaged: {inert(value[:60])}")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _are_samples(text: str) -> bool:
+    """Say whether a text is rounds of times."""
+    rounds = _parsed(text)
+    return (
+        isinstance(rounds, list)
+        and len(rounds) > 1
+        and all(isinstance(of, list) and of for of in rounds)
+        and all(
+            type(us) in (int, float) and math.isfinite(us) and us > 0 for of in rounds for us in of
+        )
+    )
+
+
+def _is_made_by(text: str) -> bool:
+    return isinstance(_parsed(text), dict)
+
+
+def inert(value: Any, most: int = 300) -> str:
+    """Make a value one line that commands neither a terminal nor a CI job.
+
+    Control characters go, and those that turn the direction of writing; so do the starts of
+    GitHub's and Azure's log commands, ``::`` and ``##[``.
+    """
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "-"
+    shown = "".join(
+        " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:most]
+    ).strip()
+    return shown.replace("::", ": :").replace("##[", "## [") or "-"
+
+
+def listed(values: Iterable[str], most: int = 5) -> str:
+    """Write values in one line, the shortest first, and count those beyond the first ones."""
+    ordered = sorted(values, key=lambda text: (len(text), text))
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return (", ".join(ordered[:most]) or "none") + more
