@@ -36,7 +36,7 @@ from ..specs import Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm, hopper_weights
 from .epilogue import activate, mxfp8, saturate
 from .grouped_gemm import Options
-from .launch import TileRule, check_tile
+from .launch import TileRule, check_tile, target_name
 from .routing import Routing, bounded_rows, every_tile
 
 if TYPE_CHECKING:
@@ -585,14 +585,11 @@ def check_x(mx: bool) -> None:
 
 
 def _check_device(device: torch.device) -> None:
-    import torch
-
-    if triton.knobs.runtime.interpret:
-        raise ValueError(f"{_of_hopper_alone('the interpreter')}: Gluon runs on GPUs")
-    if device.type != "cuda":
-        return
-    if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
-        raise ValueError(_of_hopper_alone(torch.cuda.get_device_name(device)))
+    # Gluon is not interpreted.
+    interpreted = triton.knobs.runtime.interpret
+    where = "the interpreter" if interpreted else target_name(device) or "a CPU"
+    if where != "sm_90":
+        raise ValueError(_of_hopper_alone(where))
 
 
 def _of_hopper_alone(where: str) -> str:
@@ -672,8 +669,9 @@ def launch(
     )
     check_tile(tile, _rules(tile), _WAYS)
     num_warps = options.setdefault("num_warps", 8)
-    num_stages = options.setdefault("num_stages", _DEFAULT_STAGES)
-    _check_schedule(tile, num_warps, num_stages)
+    if options.get("num_stages") is None:
+        options["num_stages"] = _DEFAULT_STAGES
+    _check_schedule(tile, num_warps, options["num_stages"])
     x, x_scale = ready_x(x, x_scale, k)
     own = {
         "x_scale_ptr": x_scale,
@@ -681,7 +679,7 @@ def launch(
         "table_ptr": hopper_weights.magnitudes(w.device),
         "ROW_SCALES": row_scales,
         "FAST_ACCUM": fast_accum,
-        "NUM_STAGES": num_stages,
+        "NUM_STAGES": options["num_stages"],
     }
     return grouped_gemm.launch(
         _mxfp4_hopper_kernel,

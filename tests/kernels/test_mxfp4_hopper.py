@@ -487,6 +487,15 @@ def test_a_schedule_that_cannot_be_computed_is_refused_by_name(
 
 
 @every_kernel
+@pytest.mark.parametrize("given", [{}, {"num_stages": None}])
+def test_stages_left_out_are_four(kernel, given, generator, recorder):
+    tile = Tile(16, 64, 128)
+    case = drawn(kernel, generator, counted(generator, (1, 2)), tile, experts=2, n=64, k=160)
+    case.run(tile, num_warps=4, **given)
+    assert recorder.arguments["num_stages"] == recorder.arguments["NUM_STAGES"] == 4
+
+
+@every_kernel
 @pytest.mark.parametrize("target", ["gfx950", "sm_89", "sm_100"])
 def test_other_targets_are_refused_by_name(kernel, target):
     of = Problem("test", 1, 1, 3, 2, 1, 64, 160, True, False, False, scale_layout="hopper")
@@ -522,14 +531,14 @@ def test_fast_sums_are_refused_where_there_is_no_choice(kernel, generator):
 
 
 @every_kernel
-def test_the_interpreter_is_refused_by_name(kernel, generator):
+@pytest.mark.parametrize(("interpret", "where"), [(True, "the interpreter"), (False, "a CPU")])
+def test_what_runs_no_gluon_is_refused_by_name(kernel, interpret, where, generator, monkeypatch):
     import triton
 
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set")
     tile = Tile(16, 64, 128)
     case = drawn(kernel, generator, counted(generator, (1, 2)), tile, experts=2, n=64, k=160)
-    with pytest.raises(ValueError, match="expected rows for the interpreter"):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    with pytest.raises(ValueError, match=f"expected rows for {where}"):
         case.run(tile, num_warps=4)
 
 
