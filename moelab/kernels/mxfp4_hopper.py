@@ -40,7 +40,6 @@ from .launch import TileRule, check_tile, target_name
 from .routing import Routing, bounded_rows, every_tile
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Its name until Triton 3.8.
@@ -584,12 +583,18 @@ def check_x(mx: bool) -> None:
         )
 
 
-def _check_device(device: torch.device) -> None:
+def check_w(w: Tensor, w_scale: Tensor, k: int) -> None:
+    """Check packed weights against each other, k and where they lie.
+
+    Raises:
+        ValueError: they disagree, or the device is no Hopper.
+    """
     # Gluon is not interpreted.
     interpreted = triton.knobs.runtime.interpret
-    where = "the interpreter" if interpreted else target_name(device) or "a CPU"
+    where = "the interpreter" if interpreted else target_name(w.device) or "a CPU"
     if where != "sm_90":
         raise ValueError(_of_hopper_alone(where))
+    hopper_weights.check(w, w_scale, k)
 
 
 def _of_hopper_alone(where: str) -> str:
@@ -638,7 +643,7 @@ def launch(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile | None,
+    tile: Tile,
     *,
     k: int,
     fast_accum: bool = False,
@@ -648,30 +653,18 @@ def launch(
 
     Args:
         x, x_scale: checked already, but for rows.
-        w, w_scale: as `hopper_weights.pack` gives them.
+        w, w_scale: as `hopper_weights.pack` gives them; checked already, by `check_w`.
     Raises:
-        ValueError: arguments disagree, or the device is no Hopper.
+        ValueError: arguments disagree.
     """
     import torch
 
-    _check_device(w.device)
-    hopper_weights.check(w, w_scale, k)
-    row_scales = x.dtype == torch.uint8
-    tile, options = grouped_gemm.choose(
-        "moe_gemm_a4w4" if row_scales else "moe_gemm_a8w4",
-        tile,
-        routing,
-        options,
-        w=w,
-        k=k,
-        scale_layout="hopper",
-        fast_accum=fast_accum,
-    )
     check_tile(tile, _rules(tile), _WAYS)
     num_warps = options.setdefault("num_warps", 8)
     if options.get("num_stages") is None:
         options["num_stages"] = _DEFAULT_STAGES
     _check_schedule(tile, num_warps, options["num_stages"])
+    row_scales = x.dtype == torch.uint8
     x, x_scale = ready_x(x, x_scale, k)
     own = {
         "x_scale_ptr": x_scale,

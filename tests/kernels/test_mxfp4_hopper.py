@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import test_moe_gemm
 import torch
+import triton
 from allpairspy import AllPairs
 from grouped_gemm import (
     GPT_OSS,
@@ -400,7 +401,8 @@ def recorder(monkeypatch):
     """Launch nothing, on any device; keep what would have been launched."""
     recorder = Recorder()
     monkeypatch.setattr(mxfp4_hopper, "_mxfp4_hopper_kernel", recorder)
-    monkeypatch.setattr(mxfp4_hopper, "_check_device", lambda device: None)
+    monkeypatch.setattr(mxfp4_hopper, "target_name", lambda device: "sm_90")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(mxfp4_hopper, "ready_x", made_ready)
     return recorder
 
@@ -533,8 +535,6 @@ def test_fast_sums_are_refused_where_there_is_no_choice(kernel, generator):
 @every_kernel
 @pytest.mark.parametrize(("interpret", "where"), [(True, "the interpreter"), (False, "a CPU")])
 def test_what_runs_no_gluon_is_refused_by_name(kernel, interpret, where, generator, monkeypatch):
-    import triton
-
     tile = Tile(16, 64, 128)
     case = drawn(kernel, generator, counted(generator, (1, 2)), tile, experts=2, n=64, k=160)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)

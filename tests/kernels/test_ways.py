@@ -63,9 +63,7 @@ def test_without_a_row_nothing_is_computed(kernel, device_generator):
 @every_kernel
 @pytest.mark.parametrize("way", ["+persistent", "+tma+persistent", "+group3+persistent"])
 @pytest.mark.parametrize("units", [2, 9, 1000])
-def test_any_number_of_programs_takes_every_tile(
-    kernel, way, units, device_generator, monkeypatch
-):
+def test_any_number_of_programs_takes_every_tile(kernel, way, units, device_generator, monkeypatch):
     """There are 28 tiles: fewer than 1000 programs, and no whole number for each of 9."""
     monkeypatch.setattr(grouped_gemm, "compute_units", lambda device: units)
     tile = Tile.parse(SMALL + way)
