@@ -80,8 +80,8 @@ class Tile:
             computed as one of ``block_m / 2^tails`` or more that still holds its rows.
         persistent: one program for each compute unit, which takes tile after tile and loads
             the next one's operands while it stores.
-        specialized: of a persistent program's warps, some only load, by TMA, and the others
-            only multiply (Hopper alone).
+        specialized: of a persistent program's warps, some only load, by TMA where rows lie
+            together, and the others only multiply (Hopper alone).
 
     >>> str(Tile.parse("64x32x512/7"))
     '64x32x512/7'

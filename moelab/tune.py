@@ -126,7 +126,8 @@ def space(kernel: str, problem: Problem, target: Target) -> list[Configuration]:
         most = target.registers_per_thread // 2 + 1
         if _LEAST_SUMS <= sums <= most:
             tilings.append((Tile(m, n, k), warps))
-    if kernel in _SPECIALIZED and 128 in sizes and not problem.fast_accum:
+    hopper = target.name == "sm_90"
+    if hopper and kernel in _SPECIALIZED and 128 in sizes and not problem.fast_accum:
         tilings.append(_SPECIALIZED[kernel])
     return [
         Configuration(kernel, problem, tile, warps, tuned.MOST_STAGES, "default", target.name)

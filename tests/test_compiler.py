@@ -263,6 +263,7 @@ def test_the_compiler_is_told_what_a_gluon_launch_passes(capture, kernel, layer,
     # What launchers are given is x before it is made ready.
     ready = meta(given["x_ptr"]), meta(given["x_scale_ptr"])
     monkeypatch.setattr(mxfp4_hopper, "ready_x", lambda *_: ready)
+    monkeypatch.setattr(mxfp4_hopper, "target_name", lambda device: "sm_90")
     before = kernels.load(kernel).source(
         dataclasses.replace(of.problem, scale_layout="rows"), SMALL, target
     )

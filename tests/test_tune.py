@@ -86,6 +86,18 @@ def test_every_proposal_is_one_that_the_kernel_takes_and_warps_can_hold(kernel):
             assert 8 <= sums <= 128 or (one.tile, one.num_warps) == published
 
 
+@pytest.mark.parametrize("kernel", plan.MOE_GEMMS)
+def test_a_specialized_tile_is_proposed_where_there_is_one_alone(kernel):
+    of = problems.problem(QWEN, 1, 1, 2560)
+    proposed = {
+        target
+        for target in ("sm_90", "sm_100", "gfx950")
+        for one in tune.space(kernel, of, targets.get(target))
+        if one.tile.specialized
+    }
+    assert proposed == ({"sm_90"} if "a8w8" in kernel else set())
+
+
 def test_one_kernel_and_model_have_hundreds_of_configurations():
     asked = {
         (replace(of, num_stages=stages), of.problem)

@@ -324,7 +324,9 @@ def test_a_file_of_another_target_is_not_written_into(file):
         (lambda text: "[]", "TypeError"),
         (lambda text: text.replace('"time_us"', '"time"'), "time_us"),
         (lambda text: text.replace('"by": 0', '"by": 7'), "IndexError"),
+        (lambda text: text.replace('"schema": 1', '"schema": "1"'), "TypeError"),
         (lambda text: text.replace('"schema": 1', '"schema": 99'), "schema 99; .* upgrade"),
+        (lambda text: '{"schema": 99, "choices": []}', "schema 99; .* upgrade"),
     ],
 )
 def test_a_file_that_is_none_is_an_error_that_names_it(file, change, words):

@@ -67,8 +67,9 @@ class Options(Layer, total=False):
         y_format: ``bf16`` (the default), ``fp32``, ``fp8`` or ``mxfp8``.
         y_scale: ``[1]`` fp32, the static scale of an ``fp8`` y: it stands for
             ``y * y_scale``, and saturates.
-        num_warps, num_stages: as Triton has them; left out, 8 and 2 for a given tile, else
-            what was tuned with the tile, or as many stages as fit.
+        num_warps, num_stages: as Triton has them; left out, 8 and 2 for a given tile (4 and 4
+            for a specialized one, 8 and 4 for hopper weights), else what was tuned with the
+            tile, or as many stages as fit.
         num_xcds: dies of the chip that share no L2 (8 on MI300X and MI355X).
     """
 
@@ -93,13 +94,13 @@ def _tile_rules(tile: Tile, swiglu: bool, y_format: str, k: int, has_tma: bool) 
         ("block_n", tile.block_n >= least_n, f"{least_n} or more{of}"),
         ("group_m", tile.group_m >= 1, "1 or more"),
         ("tma", has_tma or not tile.tma, "none: it needs Hopper or later"),
-        ("tma", k % 16 == 0 or not tile.tma, f"none: it needs rows of 16 bytes, and k is {k}"),
+        ("tma", k % 16 == 0 < k or not tile.tma, f"none: it needs rows of 16 bytes, and k is {k}"),
         ("block_n", tile.block_n <= 256 or not tile.tma, "256 or less, for TMA"),
         ("block_m", tile.block_m <= 256 or not tile.tma, "256 or less, for TMA"),
         ("tails", 0 <= tile.tails <= 2, "0, 1 or 2"),
         (
             "tails",
-            not tile.tails or tile.block_m >> tile.tails >= 16,
+            tile.tails <= 0 or tile.block_m >> tile.tails >= 16,
             "fewer: a tail has 16 rows or more",
         ),
         ("tails", not (tile.tails and tile.persistent), "0: a persistent program has none"),
@@ -131,6 +132,7 @@ def _arguments(
     # A tail's block of x is smaller, and a descriptor has one.
     w_tma = tile.tma or tile.specialized
     x_tma = w_tma and not gather and not tile.tails
+    x_block, w_block = (tile.block_m, tile.block_k), (tile.block_n, tile.block_k)
     own_ways = {
         "W_TMA": w_tma,
         "X_TMA": x_tma,
@@ -140,8 +142,8 @@ def _arguments(
     return {
         "y_ptr": y,
         "y_scale_ptr": y_scale,
-        "x_ptr": described(x, (tile.block_m, tile.block_k), tile.specialized) if x_tma else x,
-        "w_ptr": described(w, (tile.block_n, tile.block_k), tile.specialized) if w_tma else w,
+        "x_ptr": described("x", x, x_block, tile.specialized) if x_tma else x,
+        "w_ptr": described("w", w, w_block, tile.specialized) if w_tma else w,
         **own,
         "bias_ptr": bias,
         "weight_ptr": routing.weight if weighted else None,

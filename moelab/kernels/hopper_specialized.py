@@ -38,7 +38,7 @@ from ..specs import UNQUANTIZED, Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm
 from .epilogue import activate
 from .grouped_gemm import Options
-from .launch import TileRule, check_tile, expect, one_of, target_name
+from .launch import TileRule, expect, one_of, target_name
 from .routing import Routing, bounded_rows, near_programs
 
 if TYPE_CHECKING:
@@ -600,21 +600,19 @@ def launch(
 
     _check(fast_accum, options.get("y_format", "bf16"))
     expect("w", w, (None, None, None), (torch.float8_e4m3fn,), of=w)
-    # Gluon is not interpreted.
-    rules = _rules(tile, x.shape[1], target_name(w.device) or "a CPU")
-    check_tile(tile, rules, _WAYS)
     num_warps = options.setdefault("num_warps", _NUM_WARPS)
     if num_warps != _NUM_WARPS:
         raise ValueError(
             f"num_warps is {num_warps}; expected {_NUM_WARPS} where the tile is specialized: "
             "those of each of its parts"
         )
-    options["num_stages"] = num_stages = options.get("num_stages") or _DEFAULT_STAGES
+    if options.get("num_stages") is None:
+        options["num_stages"] = _DEFAULT_STAGES
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,
         "BLOCKSCALE": blockscale,
-        "NUM_STAGES": num_stages,
+        "NUM_STAGES": options["num_stages"],
     }
     return grouped_gemm.launch(
         _hopper_specialized_kernel,
@@ -624,7 +622,8 @@ def launch(
         routing,
         tile,
         k=x.shape[1],
-        rules=rules,
+        # Gluon is not interpreted.
+        rules=_rules(tile, x.shape[1], target_name(w.device) or "a CPU"),
         ways=_WAYS,
         **options,
     )

@@ -87,8 +87,10 @@ def check_tile(tile: Tile, rules: Iterable[TileRule], ways: Collection[str] = ()
         for name in ("block_m", "block_n", "block_k")
         for block in [getattr(tile, name)]
     ]
+    instead = "a specialized tile has ways of its own"
+    lacks = instead if tile.specialized and "specialized" in ways else "this kernel does without"
     lacking = [
-        (name, name in ways or not getattr(tile, name), "none: this kernel does without")
+        (name, name in ways or not getattr(tile, name), f"none: {lacks}")
         for name in ("tma", "tails", "persistent", "specialized")
     ]
     for name, met, wanted in (*powers, *lacking, *rules):
@@ -129,13 +131,18 @@ def compute_units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def described(of: Tensor | TensorSpec, block: tuple[int, int], gluon: bool = False) -> Any:
+def described(
+    name: str, of: Tensor | TensorSpec, block: tuple[int, int], gluon: bool = False
+) -> Any:
     """Describe a tensor's rows to the tensor memory accelerator, of whatever shape they are in.
 
     Args:
+        name: of the argument, for who gave it.
         of: ``[..., k]``, contiguous; k elements take whole 16 bytes.
         block: rows and columns that one load takes.
         gluon: for a Gluon kernel, which is told how fp8 lies in shared memory, 128 bytes a row.
+    Raises:
+        ValueError: it lies where TMA can't read it, or has more rows than TMA counts.
     """
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -143,6 +150,17 @@ def described(of: Tensor | TensorSpec, block: tuple[int, int], gluon: bool = Fal
 
     k = of.shape[-1]
     rows = math.prod(of.shape[:-1])
+    # A block that starts at the last row ends beyond it, in the same 32 bits.
+    if rows > 2**31 - block[0]:
+        raise ValueError(
+            f"{name} has {rows} rows; expected 2^31 - {block[0]} at most for TMA: give a tile "
+            "without it"
+        )
+    if past := of.data_ptr() % 16:
+        raise ValueError(
+            f"{name} starts {past} bytes past a multiple of 16; expected it at one for TMA: call "
+            ".clone(), or give a tile without it"
+        )
     said = {"base": of, "shape": [rows, k], "strides": [k, 1], "block_shape": list(block)}
     kind: Any = TensorDescriptor
     if gluon:

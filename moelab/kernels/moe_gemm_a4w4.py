@@ -209,12 +209,11 @@ def moe_gemm_a4w4(
     # What fills the last byte of x and of w must not meet; w's is left as it is.
     x = without_filler(x, k)
     if scale_layout == "hopper":
-        return mxfp4_hopper.launch(
-            x, w, x_scale, w_scale, routing, tile, k=k, fast_accum=fast_accum, **options
-        )
-    check_sums(fast_accum)
-    expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
-    check_scales(w_scale, w, k, scale_layout)
+        mxfp4_hopper.check_w(w, w_scale, k)
+    else:
+        check_sums(fast_accum)
+        expect("w", w, (None, None, pairs), (torch.uint8,), of=w)
+        check_scales(w_scale, w, k, scale_layout)
     tile, options = grouped_gemm.choose(
         "moe_gemm_a4w4",
         tile,
@@ -223,7 +222,12 @@ def moe_gemm_a4w4(
         w=w,
         k=k,
         scale_layout=scale_layout,
+        fast_accum=fast_accum,
     )
+    if scale_layout == "hopper":
+        return mxfp4_hopper.launch(
+            x, w, x_scale, w_scale, routing, tile, k=k, fast_accum=fast_accum, **options
+        )
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,

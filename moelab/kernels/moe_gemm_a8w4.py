@@ -228,12 +228,11 @@ def moe_gemm_a8w4(
     expect("x_scale", x_scale, x_scale_shape, (torch.float32, torch.uint8), of=w)
     if scale_layout == "hopper":
         mxfp4_hopper.check_x(mx_x)
-        return mxfp4_hopper.launch(
-            x, w, x_scale, w_scale, routing, tile, k=k, fast_accum=fast_accum, **options
-        )
-    check_sums(fast_accum)
-    expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
-    check_scales(w_scale, w, k, scale_layout)
+        mxfp4_hopper.check_w(w, w_scale, k)
+    else:
+        check_sums(fast_accum)
+        expect("w", w, (None, None, mx_pairs(k)), (torch.uint8,), of=w)
+        check_scales(w_scale, w, k, scale_layout)
     tile, options = grouped_gemm.choose(
         "moe_gemm_a8w4",
         tile,
@@ -243,7 +242,12 @@ def moe_gemm_a8w4(
         k=k,
         x_format="mxfp8" if mx_x else None,
         scale_layout=scale_layout,
+        fast_accum=fast_accum,
     )
+    if scale_layout == "hopper":
+        return mxfp4_hopper.launch(
+            x, w, x_scale, w_scale, routing, tile, k=k, fast_accum=fast_accum, **options
+        )
     own = {
         "x_scale_ptr": x_scale,
         "w_scale_ptr": w_scale,

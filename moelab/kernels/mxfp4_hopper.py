@@ -36,11 +36,10 @@ from ..specs import Problem, Source, Target, TensorSpec, Tile
 from . import grouped_gemm, hopper_weights
 from .epilogue import activate, mxfp8, saturate
 from .grouped_gemm import Options
-from .launch import TileRule, check_tile
+from .launch import TileRule, check_tile, target_name
 from .routing import Routing, bounded_rows, every_tile
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Its name until Triton 3.8.
@@ -584,15 +583,18 @@ def check_x(mx: bool) -> None:
         )
 
 
-def _check_device(device: torch.device) -> None:
-    import torch
+def check_w(w: Tensor, w_scale: Tensor, k: int) -> None:
+    """Check packed weights against each other, k and where they lie.
 
-    if triton.knobs.runtime.interpret:
-        raise ValueError(f"{_of_hopper_alone('the interpreter')}: Gluon runs on GPUs")
-    if device.type != "cuda":
-        return
-    if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
-        raise ValueError(_of_hopper_alone(torch.cuda.get_device_name(device)))
+    Raises:
+        ValueError: they disagree, or the device is no Hopper.
+    """
+    # Gluon is not interpreted.
+    interpreted = triton.knobs.runtime.interpret
+    where = "the interpreter" if interpreted else target_name(w.device) or "a CPU"
+    if where != "sm_90":
+        raise ValueError(_of_hopper_alone(where))
+    hopper_weights.check(w, w_scale, k)
 
 
 def _of_hopper_alone(where: str) -> str:
@@ -641,7 +643,7 @@ def launch(
     x_scale: Tensor,
     w_scale: Tensor,
     routing: Routing,
-    tile: Tile | None,
+    tile: Tile,
     *,
     k: int,
     fast_accum: bool = False,
@@ -651,29 +653,18 @@ def launch(
 
     Args:
         x, x_scale: checked already, but for rows.
-        w, w_scale: as `hopper_weights.pack` gives them.
+        w, w_scale: as `hopper_weights.pack` gives them; checked already, by `check_w`.
     Raises:
-        ValueError: arguments disagree, or the device is no Hopper.
+        ValueError: arguments disagree.
     """
     import torch
 
-    _check_device(w.device)
-    hopper_weights.check(w, w_scale, k)
-    row_scales = x.dtype == torch.uint8
-    tile, options = grouped_gemm.choose(
-        "moe_gemm_a4w4" if row_scales else "moe_gemm_a8w4",
-        tile,
-        routing,
-        options,
-        w=w,
-        k=k,
-        scale_layout="hopper",
-        fast_accum=fast_accum,
-    )
     check_tile(tile, _rules(tile), _WAYS)
     num_warps = options.setdefault("num_warps", 8)
-    num_stages = options.setdefault("num_stages", _DEFAULT_STAGES)
-    _check_schedule(tile, num_warps, num_stages)
+    if options.get("num_stages") is None:
+        options["num_stages"] = _DEFAULT_STAGES
+    _check_schedule(tile, num_warps, options["num_stages"])
+    row_scales = x.dtype == torch.uint8
     x, x_scale = ready_x(x, x_scale, k)
     own = {
         "x_scale_ptr": x_scale,
@@ -681,7 +672,7 @@ def launch(
         "table_ptr": hopper_weights.magnitudes(w.device),
         "ROW_SCALES": row_scales,
         "FAST_ACCUM": fast_accum,
-        "NUM_STAGES": num_stages,
+        "NUM_STAGES": options["num_stages"],
     }
     return grouped_gemm.launch(
         _mxfp4_hopper_kernel,

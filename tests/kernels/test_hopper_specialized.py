@@ -243,9 +243,17 @@ def test_the_compiler_is_told_of_the_launch_that_is_made(
         ("128x128x128+specialized", 256, "block_n = 128; expected 256"),
         ("128x256x64+specialized", 256, "block_k = 64; expected 128"),
         ("128x256x128+specialized", 200, "expected none: k is 200, no multiple of 128"),
-        ("128x256x128+tma+specialized", 256, "tma = True; expected none"),
+        (
+            "128x256x128+tma+specialized",
+            256,
+            "tma = True; expected none: a specialized tile has ways of its own",
+        ),
         ("128x256x128+tails1+specialized", 256, "tails = 1; expected none"),
-        ("128x256x128+persistent+specialized", 256, "persistent = True; expected none"),
+        (
+            "128x256x128+persistent+specialized",
+            256,
+            "persistent = True; expected none: a specialized",
+        ),
     ],
 )
 def test_a_tile_that_cannot_be_computed_is_refused_by_name(
@@ -292,6 +300,17 @@ def test_other_warps_and_other_fp8_are_refused_by_name(kernel, generator, record
     with pytest.raises(ValueError, match=r"e4m3fnuz; expected torch\.float8_e4m3fn"):
         replace(case, **fnuz).run(TILE)
     assert recorder.arguments is None
+
+
+@every_kernel
+def test_stages_left_out_are_four_and_none_at_all_is_refused(kernel, generator, recorder):
+    case = drawn(kernel, generator, counted(generator, (1, 2)), experts=2, n=64, k=128)
+    with pytest.raises(ValueError, match="num_stages is 0; expected 1 or more"):
+        case.run(TILE, num_stages=0)
+    assert recorder.arguments is None
+    for given in ({}, {"num_stages": None}):
+        case.run(TILE, **given)
+        assert recorder.arguments["num_stages"] == recorder.arguments["NUM_STAGES"] == 4
 
 
 @every_kernel

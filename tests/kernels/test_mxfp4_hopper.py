@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import test_moe_gemm
 import torch
+import triton
 from allpairspy import AllPairs
 from grouped_gemm import (
     GPT_OSS,
@@ -400,7 +401,8 @@ def recorder(monkeypatch):
     """Launch nothing, on any device; keep what would have been launched."""
     recorder = Recorder()
     monkeypatch.setattr(mxfp4_hopper, "_mxfp4_hopper_kernel", recorder)
-    monkeypatch.setattr(mxfp4_hopper, "_check_device", lambda device: None)
+    monkeypatch.setattr(mxfp4_hopper, "target_name", lambda device: "sm_90")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(mxfp4_hopper, "ready_x", made_ready)
     return recorder
 
@@ -487,6 +489,15 @@ def test_a_schedule_that_cannot_be_computed_is_refused_by_name(
 
 
 @every_kernel
+@pytest.mark.parametrize("given", [{}, {"num_stages": None}])
+def test_stages_left_out_are_four(kernel, given, generator, recorder):
+    tile = Tile(16, 64, 128)
+    case = drawn(kernel, generator, counted(generator, (1, 2)), tile, experts=2, n=64, k=160)
+    case.run(tile, num_warps=4, **given)
+    assert recorder.arguments["num_stages"] == recorder.arguments["NUM_STAGES"] == 4
+
+
+@every_kernel
 @pytest.mark.parametrize("target", ["gfx950", "sm_89", "sm_100"])
 def test_other_targets_are_refused_by_name(kernel, target):
     of = Problem("test", 1, 1, 3, 2, 1, 64, 160, True, False, False, scale_layout="hopper")
@@ -522,14 +533,12 @@ def test_fast_sums_are_refused_where_there_is_no_choice(kernel, generator):
 
 
 @every_kernel
-def test_the_interpreter_is_refused_by_name(kernel, generator):
-    import triton
-
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is not set")
+@pytest.mark.parametrize(("interpret", "where"), [(True, "the interpreter"), (False, "a CPU")])
+def test_what_runs_no_gluon_is_refused_by_name(kernel, interpret, where, generator, monkeypatch):
     tile = Tile(16, 64, 128)
     case = drawn(kernel, generator, counted(generator, (1, 2)), tile, experts=2, n=64, k=160)
-    with pytest.raises(ValueError, match="expected rows for the interpreter"):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    with pytest.raises(ValueError, match=f"expected rows for {where}"):
         case.run(tile, num_warps=4)
 
 

@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+import triton
 from grouped_gemm import PLAIN, Recorder, every_kernel, make, spread
 from triton.runtime.errors import OutOfResources
 
 from moelab import problems, tuned
-from moelab.kernels import grouped_gemm, load, source_hash
+from moelab.kernels import grouped_gemm, load, mxfp4_hopper, source_hash
 from moelab.specs import Tile
 
 TILE = Tile(16, 32, 64)
@@ -217,14 +218,30 @@ def test_a_kernel_that_is_as_it_was_is_no_warning(kernel, generator, recorder, t
         case(kernel, generator).run(None)
 
 
-def test_the_warning_points_at_the_line_that_launches(generator, monkeypatch, tuned_folder):
-    kernel = "moe_gemm_a8w8"
-    monkeypatch.setattr(load(kernel), f"_{kernel}_kernel", Recorder())
+@every_kernel
+def test_the_warning_points_at_the_line_that_launches(kernel, generator, recorder, tuned_folder):
     save(kernel, source="another")
     of = case(kernel, generator)
     with pytest.warns(UserWarning) as said:
-        load(kernel).moe_gemm_a8w8(*of.tensors, of.routing, swiglu=PLAIN)
+        getattr(load(kernel), kernel)(*of.tensors, of.routing, swiglu=PLAIN, **of.own)
     assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
+def test_weights_laid_out_for_hopper_are_tuned_and_warned_of_alike(
+    kernel, generator, monkeypatch, tuned_folder
+):
+    recorder, tile = Recorder(), Tile(16, 64, 128)
+    monkeypatch.setattr(mxfp4_hopper, "_mxfp4_hopper_kernel", recorder)
+    monkeypatch.setattr(mxfp4_hopper, "target_name", lambda device: "sm_90")
+    monkeypatch.setattr(mxfp4_hopper, "ready_x", lambda x, x_scale, k: (x, x_scale))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    save(kernel, tile=tile, source="another", scale_layout="hopper")
+    of = case(kernel, generator, tile, scale_layout="hopper")
+    with pytest.warns(UserWarning, match=f"{kernel} changed") as said:
+        getattr(load(kernel), kernel)(*of.tensors, of.routing, num_warps=4, **of.own)
+    assert said[0].filename == __file__
+    assert launched(recorder) == (16, 64, 128, 4, 3)
 
 
 # What counts as the kernel's source.
