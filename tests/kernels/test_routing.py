@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from moelab.kernels.launch import GROUP_M
 from moelab.kernels.router import route
 from moelab.kernels.routing import describe, expert_tile, tile_rows
 from moelab.problems import max_tiles
@@ -123,7 +122,9 @@ def walk(device, tiles, columns, num_xcds, spare=0):
     visits = torch.full((programs, 4), -1, dtype=torch.int32, device=device)
     expert = torch.arange(tiles + spare, dtype=torch.int32, device=device)
     count = torch.tensor([tiles], dtype=torch.int32, device=device)
-    _walk[(programs,)](visits, count, expert, 100 * expert, 32 * columns - 5, 32, GROUP_M, num_xcds)
+    _walk[(programs,)](
+        visits, count, expert, 100 * expert, 32 * columns - 5, 32, Tile.group_m, num_xcds
+    )
     return [tuple(visit) if exists else None for exists, *visit in visits.tolist()]
 
 
@@ -137,9 +138,9 @@ every_grid = pytest.mark.parametrize(
 def test_a_group_of_rows_is_visited_for_every_column_before_the_next(tiles, columns, device):
     expected = [
         (tile, 100 * tile, column)
-        for group in range(0, tiles, GROUP_M)
+        for group in range(0, tiles, Tile.group_m)
         for column in range(columns)
-        for tile in range(group, min(group + GROUP_M, tiles))
+        for tile in range(group, min(group + Tile.group_m, tiles))
     ]
     assert walk(device, tiles, columns, num_xcds=1) == expected
 
