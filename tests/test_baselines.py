@@ -213,7 +213,14 @@ def test_the_shipped_sweep_has_a_name():
     assert len(rows) == (records.read(trade.SHIPPED)["m"] == 8704).sum() > 0
 
 
-def test_baselines_of_ones_own_lie_in_a_folder_and_go_by_name(export, monkeypatch):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Work in a folder that has no store called as a baseline is."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def test_baselines_of_ones_own_lie_in_a_folder_and_go_by_name(export, elsewhere, monkeypatch):
     assert refused("main").endswith("; $MOELAB_BASELINES names a folder of more")
     monkeypatch.setenv("MOELAB_BASELINES", str(export.parent))
     assert len(baselines.read("rows")) == 3
@@ -223,7 +230,7 @@ def test_baselines_of_ones_own_lie_in_a_folder_and_go_by_name(export, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["../rows", "sub/rows", ".rows", "rows\n"])
-def test_a_name_leads_nowhere_else(export, monkeypatch, name):
+def test_a_name_leads_nowhere_else(export, elsewhere, monkeypatch, name):
     folder = export.parent / "kept"
     (folder / "sub").mkdir(parents=True)
     for place in (folder / "sub", folder):

@@ -217,7 +217,13 @@ def on_hopper(kernel, tile="64x128x128", warps=4, stages=4, **formats):
 
 @pytest.mark.parametrize("kernel", ["moe_gemm_a8w4", "moe_gemm_a4w4"])
 @pytest.mark.parametrize(
-    ("tile", "warps"), [("16x64x128", 4), ("128x128x128", 8), ("128x128x128+tails2", 4)]
+    ("tile", "warps"),
+    [
+        ("16x64x128", 4),
+        ("128x128x128", 8),
+        # Three kernels in one, 3 s each.
+        pytest.param("128x128x128+tails2", 4, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("stages", [3, 6])
 @pytest.mark.parametrize(
