@@ -330,7 +330,7 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
         medians = [paired_rounds.medians(text) for text in samples]
         runs = [_one(row, "run", side) for side in "bc"]
         together = runs[0] is not None and runs[0] == runs[1]
-        (paired if together else apart).append((at, *medians))
+        (paired if together else apart).append((at, medians[0], medians[1]))
     if paired:
         judged = paired_rounds.judge_paired([sides for _, *sides in paired], threshold)
         for (at, *_), cell in zip(paired, judged.to_dict("records"), strict=True):
