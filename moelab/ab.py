@@ -216,9 +216,13 @@ class _Team:
         alike = len(set(builds.values())) == 1 and not apart
         # Whose worker launches a side.
         self.host = {side: SIDES[0] if alike else side for side in SIDES}
-        self._caches = {host: folder / host for host in self.host.values()}
+        # What is built alike is compiled once.
+        distinct = list(dict.fromkeys(builds.values()))
+        self._caches = {
+            host: folder / str(distinct.index(builds[host])) for host in self.host.values()
+        }
         for cache in self._caches.values():
-            cache.mkdir()
+            cache.mkdir(exist_ok=True)
         self._workers: dict[str, Worker] = {}
 
     def __enter__(self) -> _Team:

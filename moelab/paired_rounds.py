@@ -243,7 +243,7 @@ def rounds_needed(
 def noise(rows: pd.DataFrame) -> pd.Series:
     """Measure the noise of measured rows: what a threshold has to clear on that device.
 
-    Two neighbours of the same problem and run are a pair.
+    Two neighbours of the same problem and run are a pair; of A/B runs, the two sides of a cell.
 
     Returns:
         ``pairs``; ``spread`` of a pair's d_r, the median and the 90th percentile over pairs;
@@ -260,11 +260,13 @@ def noise(rows: pd.DataFrame) -> pd.Series:
     samples = {index: json.loads(text) for index, text in timed["samples_us"].items()}
     middle = {index: medians(text) for index, text in timed["samples_us"].items()}
     together = timed.groupby([*_TOGETHER], sort=False, dropna=False)
-    pairs = [
-        middle[second] - middle[first]
-        for _, of_problem in together
-        for first, second in itertools.pairwise(of_problem.index)
-    ]
+    sides = timed["side"].fillna("").to_dict()
+    pairs = []
+    for _, of_problem in together:
+        for first, second in itertools.pairwise(of_problem.index):
+            if (sides[first], sides[second]) in (("", ""), ("base", "candidate")):
+                rounds = min(len(middle[first]), len(middle[second]))
+                pairs.append(middle[second][:rounds] - middle[first][:rounds])
     if not pairs:
         raise ValueError("no two rows of one problem and run have samples")
     off = [pair - pair.mean() for pair in pairs]

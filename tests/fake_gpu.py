@@ -5,10 +5,12 @@
     limit           the most stages that fit
     slower          [[column, value], factor], ...: launches with that take longer
     noise           of a turn, the deviation of its logarithm
-    wrong, crashes, loses, hangs   columns of the launches that do
+    noisy           columns of launches that have 0.1 of it
+    wrong, fails, loses, crashes, hangs   columns of launches that do
     log             a file: a line for each turn, with the process and the launch
 """
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +19,7 @@ import time
 from moelab import bench, sensors, sweep, targets, timing
 
 _GIVEN = {"limit": 3, "slower": [], "noise": 0.003, "log": os.devnull}
-_ASKED = ("kernel", "layer", "m", "num_stages", "num_warps")
+_turns = itertools.count()
 
 
 def told():
@@ -33,7 +35,6 @@ class Turns:
     def __init__(self, launches):
         self._launches = launches
         self._gpu = told()
-        self._random = random.Random(len(launches) + 1000 * int(time.time()))
 
     def start(self, of):
         asked = self._launches[of]
@@ -50,7 +51,8 @@ class Turns:
             time.sleep(60)
 
     def sample(self, of, repetitions):
-        us = 100.0 * self._random.lognormvariate(0, self._gpu["noise"])
+        noise = 0.1 if _has(self._launches[of], self._gpu.get("noisy")) else self._gpu["noise"]
+        us = 100.0 * random.Random(f"{of}, {next(_turns)}").lognormvariate(0, noise)
         for (column, value), factor in self._gpu["slower"]:
             us *= factor if self._launches[of].asked()[column] == value else 1
         # What another source of the kernels plants.
