@@ -365,7 +365,7 @@ def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]
     """Tell what differs between the sides, of settings and of what made the rows."""
     values: dict[str, list[set[str]]] = {}
     for name in (*_SETTINGS, *_PROVENANCE):
-        if name not in by:
+        if name not in (*by, "side"):
             values[name] = [set(both[f"{name} {s}"].dropna().astype(str)) for s in "bc"]
     for side, suffix in enumerate("bc"):
         for text in both[f"made_by {suffix}"].dropna().unique():

@@ -118,7 +118,7 @@ def test_equal_sides_share_a_worker_and_come_out_clean(tmp_path, gpu):
     compared = ab.judged(rows)
     assert (compared.verdict, len(compared.cells)) == ("passed", 4)
     assert set(compared.cells["rounds"]) == {6}
-    assert not any("made by" in name for name in compared.differs)
+    assert compared.differs == {}
 
 
 def test_apart_each_side_has_a_process_and_only_one_works_at_a_time(tmp_path, gpu):
@@ -362,14 +362,14 @@ LARGE = {"models": "Qwen3-235B-A22B", "tp": 1, "m": 2560, "tiles": "128x256x128"
 @pytest.mark.gpu
 @pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 def test_equal_code_on_the_gpu_comes_out_clean(tmp_path, apart):
-    asked = grid(targets=here(), m="512,1536", tiles="16x64x128,64x64x128", stages="1,2")
+    asked = grid(targets=here(), tiles="16x64x128,64x64x128", stages="1,2")
     rows = measured(tmp_path, asked=asked, apart=apart, repetitions=5)
     assert set(rows["status"]) == {"ok"}
     assert list(rows["loaded_lds_bytes"]) == list(rows["lds_bytes"])
     assert rows[["time_us", "tflops", "samples_us", "clock_mhz"]].notna().all(axis=None)
     compared = ab.judged(rows)
     print(regress.text(compared))
-    assert len(compared.cells) == 8
+    assert len(compared.cells) == 4
     assert not set(compared.cells["speed"]) & {"regressed", "improved"}
     assert set(compared.cells["fits"]) == {"passed"}
     for side in rows.groupby("side")["made_by"]:
