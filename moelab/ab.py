@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import kernels, paired_rounds, records, sweep, timing, workers, workloads
+from . import kernels, paired_rounds, records, regress, sweep, timing, workers, workloads
 from .parameters import ParameterError
 from .specs import Configuration, Problem, Tile
 from .timing import MeasureError
@@ -181,31 +181,34 @@ def measure(
         raise ValueError(f"no workload {workload!r}; there are {', '.join(workloads.WORKLOADS)}")
     sides = dict(zip(SIDES, (base, candidate), strict=True))
     store = Path(store).absolute()
-    with tempfile.TemporaryDirectory(prefix="moelab-") as folder:
-        builds = {name: side.build.settled() for name, side in sides.items()}
-        with _Team(builds, apart, Path(folder)) as team:
-            pairs = _pairs(configurations, sides, team, str(store), jobs)
-            run = _Run(team, pairs, _rows(pairs, sides, team, str(store), workload, seed, jobs))
-            order = random.Random(seed)
-            undecided = run.paired
-            with records.Journal(store) as journal:
-                run.keep(journal, [cell for cell in range(len(pairs)) if cell not in undecided])
-                before = 0
-                for look in looks:
-                    units = _units(pairs, undecided)
-                    left = sweep.progress_bar(len(units), len(units), progress, f"{look} rounds")
-                    with left as bar:
-                        for unit in units:
+    builds = {name: side.build.settled() for name, side in sides.items()}
+    with (
+        tempfile.TemporaryDirectory(prefix="moelab-") as folder,
+        _Team(builds, apart, Path(folder)) as team,
+    ):
+        pairs = _pairs(configurations, sides, team, str(store), jobs)
+        run = _Run(team, pairs, _rows(pairs, sides, team, str(store), workload, seed, jobs))
+        order = random.Random(seed)
+        undecided = run.paired
+        with records.Journal(store) as journal:
+            run.keep(journal, [cell for cell in range(len(pairs)) if cell not in undecided])
+            before = 0
+            for look in looks:
+                units = _units(pairs, undecided)
+                with sweep.progress_bar(len(units), len(units), progress, f"{look} rounds") as bar:
+                    for unit in units:
+                        try:
                             run.take_turns(
                                 unit, look - before, repetitions, order, (workload, seed)
                             )
-                            run.keep(journal, unit)
-                            bar.update()
-                    undecided = run.undecided(undecided, threshold)
-                    before = look
-            return records.frame(
-                run.rows[side, cell] for cell in range(len(pairs)) for side in SIDES
-            )
+                        except MeasureError as error:
+                            said = f"the rows that were finished are in {store}"
+                            raise MeasureError(f"{error}; {said}") from None
+                        run.keep(journal, unit)
+                        bar.update()
+                undecided = run.undecided(undecided, threshold)
+                before = look
+        return records.frame(run.rows[side, cell] for cell in range(len(pairs)) for side in SIDES)
 
 
 class _Team:
@@ -474,10 +477,7 @@ class _Run:
         return [cell for cell in cells if found.get(cell) == "inconclusive"]
 
 
-def judged(rows: pd.DataFrame, threshold: float = paired_rounds.THRESHOLD) -> Any:
+def judged(rows: pd.DataFrame, threshold: float = paired_rounds.THRESHOLD) -> regress.Comparison:
     """Compare the two sides of a run's rows; see `regress.compare`."""
-    from . import regress
-
-    return regress.compare(
-        rows[rows["side"] == SIDES[0]], rows[rows["side"] == SIDES[1]], threshold=threshold
-    )
+    base, candidate = (rows[rows["side"] == side] for side in SIDES)
+    return regress.compare(base, candidate, threshold)

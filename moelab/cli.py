@@ -358,7 +358,11 @@ def _refuse_beside(option: str, *names: str) -> None:
 @app.command()
 @click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
 @click.option("--seed", default=0, help="Of inputs and routing.")
-@click.option("--rounds", default=12, help="Turns of all configurations of a problem.")
+@click.option(
+    "--rounds",
+    default=12,
+    help="Turns of all configurations of a problem; with --ab the most, 24 if not given.",
+)
 @click.option("--repetitions", default=10, help="Samples of each in a round.")
 @click.option(
     "--peers",
@@ -376,7 +380,7 @@ def _refuse_beside(option: str, *names: str) -> None:
     help="Given twice: base, then candidate. What a side changes of the grid: stages (or most, "
     "most4, ...), tile, warps, group_m, triton, source; same: nothing.",
 )
-@click.option("--apart", is_flag=True, help="With --ab: a process for each side in any case.")
+@click.option("--apart", is_flag=True, help="With --ab: each side in a process of its own.")
 @click.option(
     "--threshold", default="3%", callback=_share, help="With --ab: slower by more is a regression."
 )
