@@ -81,7 +81,10 @@ class Side:
         changes: dict[str, Any] = {}
         most = triton = source = None
         given = [] if text.strip() in ("", "same") else text.split(",")
-        for name, equals, value in (each.strip().partition("=") for each in given):
+        named = [each.strip().partition("=") for each in given]
+        if len({name for name, *_ in named}) < len(named):
+            raise ParameterError(f"--ab {text!r} names one thing twice; {_HELP}")
+        for name, equals, value in named:
             if not equals or not value:
                 raise ParameterError(f"--ab {text!r}: {name!r} is not NAME=VALUE; {_HELP}")
             if name == "stages" and value.startswith("most"):

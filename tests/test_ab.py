@@ -93,6 +93,7 @@ def test_a_side_is_written_as_it_is_read(text):
         ("warps=", "'warps' is not NAME=VALUE"),
         ("colour=blue", "no 'colour'; a side is `same`, or some of stages=2"),
         ("tile=100x64x64", "100 is not a power of two"),
+        ("stages=most,stages=2", "names one thing twice"),
     ],
 )
 def test_what_a_side_is_not_is_answered_with_what_it_may_be(text, words):
