@@ -11,7 +11,9 @@ again costs its inputs a second time.
 
 Launches are made by a worker (`workers`), both sides' by one where Triton and source are the
 same: they share their tensors. Otherwise each side has one, which draws the same inputs by
-seed, and only one of them works at a time.
+seed, and only one of them works at a time. Where tensors lie in its memory may make all that a
+process launches slower or faster (on an H200 one launch of equal code in 4 by 4.8%, in every
+round): each round has processes of its own then.
 """
 
 from __future__ import annotations
@@ -198,17 +200,21 @@ def measure(
             before = 0
             for look in looks:
                 units = _units(pairs, undecided)
-                with sweep.progress_bar(len(units), len(units), progress, f"{look} rounds") as bar:
-                    for unit in units:
+                at_once = 1 if team.apart else look - before
+                parts = (look - before) // at_once
+                left = parts * len(units)
+                with sweep.progress_bar(left, left, progress, f"{look} rounds") as bar:
+                    for _ in range(parts):
                         try:
-                            run.take_turns(
-                                unit, look - before, repetitions, order, (workload, seed)
-                            )
+                            if team.apart:
+                                team.restart()
+                            for unit in units:
+                                run.take_turns(unit, at_once, repetitions, order, (workload, seed))
+                                run.keep(journal, unit)
+                                bar.update()
                         except MeasureError as error:
                             said = f"the rows that were finished are in {store}"
                             raise MeasureError(f"{error}; {said}") from None
-                        run.keep(journal, unit)
-                        bar.update()
                 undecided = run.undecided(undecided, threshold)
                 before = look
         return records.frame(run.rows[side, cell] for cell in range(len(pairs)) for side in SIDES)
@@ -220,6 +226,7 @@ class _Team:
     def __init__(self, builds: Mapping[str, Build], apart: bool, folder: Path):
         self._builds = builds
         alike = len(set(builds.values())) == 1 and not apart
+        self.apart = not alike
         # Whose worker launches a side.
         self.host = {side: SIDES[0] if alike else side for side in SIDES}
         # What is built alike is compiled once.
@@ -243,12 +250,18 @@ class _Team:
     def restart(self) -> None:
         """Start all anew: sides draw the same weights only if they drew alike before."""
         self.__exit__()
-        for host, cache in self._caches.items():
-            try:
+        try:
+            for host, cache in self._caches.items():
                 self._workers[host] = Worker(self._builds[host], cache)
-            except WorkerLost as error:
-                self.__exit__()
-                raise MeasureError(f"the worker of the {host} did not start: {error}") from None
+            # All of them import meanwhile.
+            for host, worker in self._workers.items():
+                try:
+                    worker.ask("hello", timeout_s=None)
+                except WorkerLost as error:
+                    raise MeasureError(f"the worker of the {host} did not start: {error}") from None
+        except BaseException:
+            self.__exit__()
+            raise
 
     def worker(self, side: str) -> Worker:
         return self._workers[self.host[side]]
@@ -402,7 +415,7 @@ class _Run:
         """
         while cells := [cell for cell in unit if cell in self.paired]:
             try:
-                self._prepare(cells, drawn)
+                self._prepare(cells, order, drawn)
                 ready = [
                     _key(side, cell) for cell in cells if cell in self.paired for side in SIDES
                 ]
@@ -417,7 +430,7 @@ class _Run:
                 self._add(_of_key(key), more)
             return
 
-    def _prepare(self, cells: Sequence[int], drawn: tuple[str, int]) -> None:
+    def _prepare(self, cells: Sequence[int], order: random.Random, drawn: tuple[str, int]) -> None:
         """Let workers draw the inputs of a problem; what is not right is not timed."""
         asked = {
             side: [
@@ -431,7 +444,10 @@ class _Run:
             for at, side in enumerate(SIDES)
         }
         workload, seed = drawn
-        for host, launches in self._team.by_host(asked).items():
+        hosts = list(self._team.by_host(asked).items())
+        # Who comes first has the choice of the memory.
+        order.shuffle(hosts)
+        for host, launches in hosts:
             keys = [key for key, *_ in launches]
             try:
                 found = self._team.worker(host).ask(

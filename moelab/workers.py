@@ -83,8 +83,8 @@ class Worker:
     Args:
         build: a settled one.
         cache: folder of its Triton cache, which a worker in its place goes on with.
-    Raises:
-        MeasureError: it does not start; what it said is on stderr.
+
+    It starts meanwhile; whether it did tells the first answer.
     """
 
     def __init__(self, build: Build, cache: Path):
@@ -105,7 +105,6 @@ class Worker:
                 env=environment,
             )
             self._open.callback(self._end)
-            self.ask("hello", timeout_s=None)
         except BaseException:
             self.close()
             raise

@@ -135,10 +135,12 @@ def test_equal_sides_share_a_worker_and_come_out_clean(tmp_path, gpu):
     assert compared.differs == {}
 
 
-def test_apart_each_side_has_a_process_and_only_one_works_at_a_time(tmp_path, gpu):
-    measured(tmp_path, apart=True)
+def test_apart_each_side_of_a_round_has_a_process_of_its_own(tmp_path, gpu):
+    measured(tmp_path, apart=True, asked=grid(m="512,1536"))
     process_of = {(process, of.split()[0]) for process, of, _ in turns(gpu)}
-    assert len({process for process, _ in process_of}) == len(process_of) == 2
+    assert len({process for process, _ in process_of}) == len(process_of) == 2 * 6
+    by_round = [{process for process, *_ in turns(gpu)[i : i + 4]} for i in range(0, 24, 4)]
+    assert [len(of) for of in by_round] == [2] * 6
 
 
 def test_a_round_is_one_turn_of_every_launch_of_a_problem_in_an_order_of_its_own(tmp_path, gpu):
@@ -191,6 +193,8 @@ def test_a_decided_cell_leaves_the_turns_of_its_problem_to_the_others(tmp_path, 
 
 class Simulated:
     """Stands for the workers: every launch fits, and its rounds are drawn beforehand."""
+
+    apart = False
 
     def __init__(self, differences):
         self.differences = differences
@@ -292,16 +296,19 @@ def test_where_nothing_fits_most_is_one_stage_that_says_so(tmp_path, gpu):
     assert set(rows["status"]) == {"out_of_lds"}
 
 
+_DIED = "its process died: SIGABRT; stderr has its words"
+
+
 @pytest.mark.parametrize(
-    ("how", "status", "reason"),
+    ("apart", "how", "status", "reason"),
     [
-        ("wrong", "wrong_result", "off by 1"),
-        ("fails", "launch_error", "invalid argument"),
-        ("loses", "launch_error", "RuntimeError: illegal access"),
-        ("crashes", "launch_error", "its process died: SIGABRT; stderr has its words"),
+        (False, "wrong", "wrong_result", "off by 1"),
+        (False, "fails", "launch_error", "invalid argument"),
+        (False, "loses", "launch_error", "RuntimeError: illegal access"),
+        (False, "crashes", "launch_error", _DIED),
+        (True, "crashes", "launch_error", _DIED),
     ],
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 def test_a_launch_that_fails_is_a_row_and_the_others_go_on(
     tmp_path, gpu, how, status, reason, apart
 ):
@@ -389,7 +396,7 @@ def test_another_source_is_launched_by_a_process_of_its_own(tmp_path, gpu):
     assert compared.cells["ratio"].iloc[0] == pytest.approx(1.2, rel=0.02)
     assert compared.differs["made by: ab"] == ("same", "source=after")
     assert str(tmp_path) not in "".join(rows["made_by"])
-    assert len({process for process, *_ in turns(gpu)}) == 2
+    assert len({process for process, *_ in turns(gpu)}) == 2 * 6
 
 
 def test_this_source_named_is_this_source(tmp_path, gpu):
@@ -408,7 +415,7 @@ def test_another_triton_is_asked_by_a_process_of_its_own(
     compared = ab.judged(rows)
     assert compared.verdict == "passed"
     assert compared.differs["triton"][1] == "99.1.0"
-    assert len({process for process, *_ in turns(gpu)}) == 2
+    assert len({process for process, *_ in turns(gpu)}) == 2 * 6
 
 
 # On a GPU.
