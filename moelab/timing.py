@@ -294,7 +294,10 @@ def interval(samples: Sequence[Sequence[float]]) -> dict[str, float]:
     from scipy import stats
 
     medians = np.log([statistics.median(of_round) for of_round in samples])
-    margin = stats.t.ppf(0.975, len(medians) - 1) * stats.sem(medians)
+    # One round says nothing of the spread.
+    margin = math.nan
+    if len(medians) > 1:
+        margin = stats.t.ppf(0.975, len(medians) - 1) * stats.sem(medians)
     middle = float(medians.mean())
     return {
         "time_us": float(np.exp(np.median(medians))),
