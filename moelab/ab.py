@@ -11,9 +11,9 @@ again costs its inputs a second time.
 
 Launches are made by a worker (`workers`), both sides' by one where Triton and source are the
 same: they share their tensors. Otherwise each side has one, which draws the same inputs by
-seed, and only one of them works at a time. Where tensors lie in its memory may make all that a
-process launches slower or faster (on an H200 one launch of equal code in 4 by 4.8%, in every
-round): each round has processes of its own then.
+seed, and only one of them works at a time. Where its tensors lie may make what a process
+launches slower or faster in every round (on an H200 one pair of equal code in 40, by 4.8%): each
+round has processes of its own then.
 """
 
 from __future__ import annotations

@@ -13,19 +13,21 @@ R - 1 degrees of freedom:
 Small is 0.05 / 3: whoever measures may look after 6, 12 and 24 rounds, and go on with the cells
 that are still undecided. Fewer rounds decide nothing.
 
-What that assumes, and what a sweep of one H200 says to it (940 configurations, 6 rounds of
-2 repetitions or 8 of 4, `noise(records.read(trade.SHIPPED))`; neighbours of a problem are a pair):
+What that assumes, and what 208 pairs of equal code on one H200 say to it (6 rounds of 5
+repetitions; `noise(baselines.read("h200_equal_code"))`):
 
-- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.14, where
-  as many independent rounds would give -0.16, for their mean is taken off. A pair's d_r spreads
-  by 0.36% (standard deviation, median over pairs), a tenth of pairs by more than 1.94%.
-- Medians leave outliers out. The first repetition of a turn is none: it is slower by 0.0% in the
-  median, and more than 3% off in 2% of turns.
+- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.15, where
+  as many independent rounds would give -0.17, for their mean is taken off. A pair's d_r spreads
+  by 0.21% (standard deviation, median over pairs), a tenth of pairs by more than 0.52%.
+- Medians leave outliers out: the first repetition of a turn is slower by 0.0% in the median, but
+  more than 3% off in 9% of turns.
 - What drifts meets both sides: they took turns in the same run. Another run's time is off by
   up to 1.9% for the same build (`benchmarks/same_build.py`), which no threshold tells
   apart from a slowdown.
 - Nothing shifts one side for a whole run, where its tensors lie in memory, say: no number of
-  rounds shows it. Only another run does.
+  rounds shows it. Sides that `moelab.ab` can launch in one process share their tensors; others
+  have processes of their own in each round, so that such shifts are noise of the rounds. With
+  the same two processes in every round, one pair of equal code in 40 differed by 4.8%.
 - Cells that share a baseline's rounds depend on each other positively, which leaves the control
   of false discoveries as it is (Benjamini and Yekutieli, Annals of Statistics 29, 2001).
 - The events that keep time tick every 0.032 us, so that se is no less than what that rounds off.
