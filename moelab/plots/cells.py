@@ -142,7 +142,8 @@ def cliffs_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
 def _inner(steps: pd.DataFrame, curve: list[str]) -> list[str]:
     """Name the columns that tell the curves of a kernel and model apart."""
     told = [name for name in curve if name not in ("kernel", "model")]
-    return [name for name in told if name != "fast_accum" or steps[name].nunique() > 1]
+    shared = [name for name in ("fast_accum", "target") if name in told]
+    return [name for name in told if name not in shared or steps[name].nunique() > 1]
 
 
 def _named(inner: list[str], values: Any) -> str:
