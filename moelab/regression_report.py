@@ -177,6 +177,12 @@ def warnings(compared: Comparison) -> list[str]:
         said.append(
             f"The sides differ in more than one thing: {told}. Any of them may have moved it."
         )
+    alone = [len(of) for of in _alone(compared)]
+    if any(alone):
+        said.append(
+            f"Only the baseline has {alone[0]} cells, only the candidate {alone[1]}: they are in "
+            "no verdict, and listed below."
+        )
     rows, timed = compared.rows, compared.cells["how"].notna()
     held = [rows.loc[timed, f"throttled {side}"] for side in SIDES.values()]
     times = [int((why.fillna("") != "").sum()) for why in held]
@@ -381,6 +387,37 @@ def fits(compared: Comparison) -> pd.DataFrame:
     table = tables.in_tile_order(table.reset_index())
     order = table["became"].map((LOST, NEITHER, GAINED).index)
     return plain(table.loc[order.sort_values(kind="stable").index].reset_index(drop=True))
+
+
+def one_sided(compared: Comparison) -> pd.DataFrame:
+    """Group the cells that only one side has, for they are in no verdict.
+
+    Returns:
+        one row per side, kernel, model, target, tile, warps and stages: cells, their token
+        counts and statuses.
+    """
+    import pandas as pd
+
+    rows = pd.concat(
+        [of.assign(side=which) for which, of in zip(SIDES, _alone(compared), strict=True)],
+        ignore_index=True,
+    )
+    if rows.empty:
+        return rows
+    by = ["side", "kernel", "model", "target", "tile", "num_warps", "num_stages"]
+    table = rows.groupby(by, sort=False, dropna=False).agg(
+        **{
+            "cells": ("status", "size"),
+            "M from": ("m", "min"),
+            "to": ("m", "max"),
+            "statuses": ("status", lambda found: listed(found.unique())),
+        }
+    )
+    return plain(table.reset_index())
+
+
+def _alone(compared: Comparison) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return compared.only_baseline, compared.only_candidate
 
 
 def resources(compared: Comparison) -> pd.DataFrame:

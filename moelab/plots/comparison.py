@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Inches of a square, of what stands around a panel's squares, and around all panels.
 _HIGH, _AROUND, _ENDS = 0.25, 0.5, 0.9
+_PANEL = [*trade.KIND, "target"]
 # More panels than this are no picture any more.
 _PANELS = 12
 # A ratio of less than this is no strong colour.
@@ -85,6 +86,8 @@ def moves_over_m_and_tp(compared: Comparison) -> Figure:
         bar.set_label("faster    time, candidate over baseline    slower", fontsize=9)
     if keys:
         figure.legend(handles=keys, ncols=min(len(keys), 4), loc="outside upper left", fontsize=8)
+    if (there := squares.groupby(_PANEL, dropna=False).ngroups) > _PANELS:
+        figure.suptitle(f"the first {_PANELS} of {there} kernels, models and targets", fontsize=9)
     return figure
 
 
@@ -103,13 +106,12 @@ def _diverging() -> Colormap:
 def _squares(compared: Comparison) -> pd.DataFrame:
     """Put the cells of each square together: its ratio, or what became of its fit."""
     import numpy as np
+    import pandas as pd
 
     cells, rows = compared.cells, compared.rows
-    cells = cells.assign(
-        refused=(rows["status b"] != "ok") & (rows["status c"] != "ok"),
-    )
+    cells = cells.assign(refused=(rows["status b"] != "ok") & (rows["status c"] != "ok"))
     cells = cells.dropna(subset=["model", "layer", "tp", "m"])
-    by = [*trade.KIND, "target", "layer", "tp", "m"]
+    by = [*_PANEL, "layer", "tp", "m"]
     found = []
     for names, square in cells.groupby(by, sort=False, dropna=False):
         answers = {kind: set(square[kind].dropna()) for kind in ("fits", "resources", "speed")}
@@ -126,8 +128,6 @@ def _squares(compared: Comparison) -> pd.DataFrame:
             elif ADVISORY in set(square["how"]):
                 told["mark"] = "~"
         found.append(told)
-    import pandas as pd
-
     return pd.DataFrame(found, columns=[*by, "said", "ratio", "sure", "mark"])
 
 
@@ -154,7 +154,7 @@ def _panels(squares: pd.DataFrame) -> tuple[Figure, list[Axes], list[pd.DataFram
     Returns:
         also each panel's squares, with their places ``x`` and ``y``.
     """
-    groups = list(squares.groupby([*trade.KIND, "target"], sort=False, dropna=False))[:_PANELS]
+    groups = list(squares.groupby(_PANEL, sort=False, dropna=False))[:_PANELS]
     panels = []
     for _, panel in groups:
         of_layers = panel["layer"].nunique() > 1
