@@ -37,10 +37,6 @@ REPETITIONS = 10
 
 _Asked = Configuration | others.Asked
 
-# Of elements that Hopper's tensor cores may leave further off than `tolerance` where they keep
-# the sums; one wrong row of 126,976, the most that a model here has, is more.
-_RARE = 5e-6
-
 # Of a roof: products of this size fill every chip.
 _ROOF_SIZE = 8192
 
@@ -367,6 +363,9 @@ def _checked(
     expert, weight = workloads.draw(
         how.workload, problem.m, problem.experts, problem.top_k, generator
     )
+    # Weights may be those of an earlier number of tokens: were x of the same random numbers, its
+    # rows would be rows of w, and sums of squares where sums of both signs are meant.
+    generator.manual_seed(how.seed + problem.m)
     fp8 = torch.float8_e4m3fnuz if target.fp8 == "fp8e4b8" else torch.float8_e4m3fn
     drawn = inputs.of_problem(
         first.kernel,
@@ -421,10 +420,10 @@ def _against(y: Tensor, expected: Tensor, problem: Problem) -> dict[str, Any]:
     """Tell the largest error of y; status and reason too if it is not the reference's."""
     off = (y.double() - expected).abs() / expected.abs().max()
     allowed = tolerance(problem)
-    # NaN is not at most anything.
-    share = float((~(off <= allowed)).double().mean())
     found: dict[str, Any] = {"largest_error": float(off.max())}
-    if share > (_RARE if problem.fast_accum else 0):
+    # NaN is not at most anything.
+    if not found["largest_error"] <= allowed:
+        share = float((~(off <= allowed)).double().mean())
         reason = (
             f"off by {found['largest_error']:.3g} of the largest element; {allowed:.3g} is "
             f"allowed, and exceeded by {share:.2g} of the elements"

@@ -13,14 +13,14 @@ R - 1 degrees of freedom:
 Small is 0.05 / 3: whoever measures may look after 6, 12 and 24 rounds, and go on with the cells
 that are still undecided. Fewer rounds decide nothing.
 
-What that assumes, and what a sweep of one H200 says to it (940 configurations, 6 or 8 rounds of
-5 repetitions, `noise(records.read(trade.SHIPPED))`; two neighbours of a problem are a pair):
+What that assumes, and what a sweep of one H200 says to it (940 configurations, 6 rounds of
+2 repetitions or 8 of 4, `noise(records.read(trade.SHIPPED))`; neighbours of a problem are a pair):
 
-- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.15, where
+- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.14, where
   as many independent rounds would give -0.16, for their mean is taken off. A pair's d_r spreads
-  by 0.19% (standard deviation, median over pairs), a tenth of pairs by more than 1.28%.
-- Medians leave outliers out: the first repetition of a turn is slower by 1.1% in the median,
-  and more than 3% off in 27% of turns.
+  by 0.36% (standard deviation, median over pairs), a tenth of pairs by more than 1.94%.
+- Medians leave outliers out. The first repetition of a turn is none: it is slower by 0.0% in the
+  median, and more than 3% off in 2% of turns.
 - What drifts meets both sides: they took turns in the same run. Another run's time is off by
   up to 1.9% for the same build (`benchmarks/same_build.py`), which no threshold tells
   apart from a slowdown.

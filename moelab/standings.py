@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "data" / "h200_peers.parquet"
 # Why ours lose where they do, found by hand.
 REASONS = SHIPPED.with_name("h200_peers_reasons.csv")
-# Peers that took part where the shipped rows were measured, and are not in them.
-NOT_SHIPPED = ("triton_kernels", "triton_kernels_bf16")
 
 CELL = ["kernel", "fast_accum", "model", "layer", "tp", "m"]
 # Along which only M varies.
@@ -272,21 +270,6 @@ def versions(rows: pd.DataFrame) -> pd.DataFrame:
         own = own or {"torch": said.get("torch")}
         told.append((peer, ", ".join(f"{name} {value}" for name, value in own.items())))
     return pd.DataFrame(list(dict.fromkeys(told)), columns=["peer", "package"])
-
-
-def lacking(rows_path: str) -> str:
-    """Say which peers the shipped rows lack; nothing of rows that somebody else measured."""
-    if rows_path:
-        return ""
-    return (
-        f"The shipped rows have none of {' and '.join(NOT_SHIPPED)}. Both took part, but the "
-        "CPU takes longer to launch them than one flush of the L2 keeps the GPU busy, so that "
-        "their times came out too long: their rows were left out. `moelab measure` has since "
-        "flushed as often as the CPU needs; they were not "
-        "measured again. Of peers that read mxfp4 weights none is left: what `torch_bf16` "
-        "multiplies was widened beforehand to almost four times the bytes, so that small M, "
-        "where weights are read and little else is done, says nothing of such kernels."
-    )
 
 
 def _unmeasured(table: pd.DataFrame) -> list[str]:

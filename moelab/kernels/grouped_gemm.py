@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import triton
@@ -324,7 +326,8 @@ def launch(
         x, w: checked for type and columns already.
         own: the arguments that only this kernel has, by name; already checked.
         rules, ways: the kernel's own; see `launch.check_tile`.
-        num_stages: None is as many as fit, `tuned.MOST_STAGES` at most.
+        num_stages: None is as many as fit, `tuned.MOST_STAGES` at most; where the tile doesn't
+            fit with one, of half its columns, or of half of those.
     Returns:
         ``[rows, n]`` of ``y_format``, ``n // 2`` columns with ``swiglu``; for ``mxfp8`` the
         elements and their e8m0 scales ``[rows, ceil(columns / 32)]``.
@@ -387,56 +390,82 @@ def launch(
     if y_format == "mxfp8":
         y_scale = torch.empty((rows, mx_groups(n_out)), dtype=torch.uint8, device=w.device)
     if rows and n:
-        args = _arguments(
-            y,
-            y_scale,
-            x,
-            w,
-            own,
-            routing,
-            tile,
-            n=n,
-            k=k,
-            bias=bias,
-            gather=gather,
-            weighted=weighted,
-            scatter=scatter,
-            swiglu=swiglu,
-            num_xcds=num_xcds,
-            ways=ways,
-        )
         options = amd_options if torch.version.hip else {}
-        programs = tiles * triton.cdiv(n, tile.block_n)
-        stays = tile.persistent or tile.specialized
-        grid = (min(programs, compute_units(w.device)) if stays else programs,)
+
+        def prepared(tile: Tile) -> functools.partial[Any]:
+            args = _arguments(
+                y,
+                y_scale,
+                x,
+                w,
+                own,
+                routing,
+                tile,
+                n=n,
+                k=k,
+                bias=bias,
+                gather=gather,
+                weighted=weighted,
+                scatter=scatter,
+                swiglu=swiglu,
+                num_xcds=num_xcds,
+                ways=ways,
+            )
+            programs = tiles * triton.cdiv(n, tile.block_n)
+            stays = tile.persistent or tile.specialized
+            grid = (min(programs, compute_units(w.device)) if stays else programs,)
+            return functools.partial(kernel[grid], **args, **options, num_warps=num_warps)
+
         with torch.cuda.device_of(w):
-            launched = functools.partial(kernel[grid], **args, **options, num_warps=num_warps)
             if num_stages is None:
-                _launch_deepest(launched, (kernel, w.device, num_warps, *map(_kind, args.values())))
+                _launch_fitting(prepared, tile, (kernel, w.device))
             else:
-                launched(num_stages=num_stages)
+                prepared(tile)(num_stages=num_stages)
     return (y, y_scale) if y_format == "mxfp8" else y
 
 
-# Of launches that take as many stages as fit: how many that is.
-_DEEPEST: dict[tuple[Any, ...], int] = {}
+# Of launches that take what fits: how much Triton refuses.
+_REFUSED: dict[tuple[Any, ...], int] = {}
+
+# Columns below which no tile is halved: mxfp8 behind SwiGLU takes so many (`_tile_rules`).
+_LEAST_BLOCK_N = 64
 
 
-def _launch_deepest(launched: Callable[..., Any], kind: tuple[Any, ...]) -> None:
-    """Launch with as many stages as fit, by what Triton refuses at the first launch of a kind.
+def _launch_fitting(
+    prepared: Callable[[Tile], functools.partial[Any]], tile: Tile, where: tuple[Any, ...]
+) -> None:
+    """Launch with as many stages as fit; where not even one does, with half the columns.
 
+    What fits is what Triton doesn't refuse at the first launch of a kind.
+
+    Args:
+        prepared: binds all but the stages.
+        where: the kernel and its device.
     Raises:
-        OutOfResources: not even one fits.
+        OutOfResources: nothing fits.
     """
-    for num_stages in range(_DEEPEST.get(kind, tuned.MOST_STAGES), 0, -1):
+    widest = prepared(tile)
+    kind = (*where, *map(_kind, widest.keywords.values()))
+    asked = list(itertools.product(_halved(tile), range(tuned.MOST_STAGES, 0, -1)))
+    for number in range(_REFUSED.get(kind, 0), len(asked)):
+        narrower, num_stages = asked[number]
+        launched = widest if narrower is tile else prepared(narrower)
         try:
             launched(num_stages=num_stages)
         except OutOfResources:
-            if num_stages == 1:
+            if number == len(asked) - 1:
                 raise
         else:
-            _DEEPEST[kind] = num_stages
+            _REFUSED[kind] = number
             return
+
+
+def _halved(tile: Tile) -> Iterator[Tile]:
+    """Yield a tile, and its halves along n."""
+    yield tile
+    while tile.block_n > _LEAST_BLOCK_N:
+        tile = replace(tile, block_n=tile.block_n // 2)
+        yield tile
 
 
 def _kind(argument: Any) -> Any:

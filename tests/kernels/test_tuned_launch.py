@@ -33,7 +33,7 @@ def tuned_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELAB_TUNED", str(tmp_path))
     monkeypatch.setattr(grouped_gemm, "target_name", lambda device: "sm_90")
     grouped_gemm._warn_if_stale.cache_clear()
-    grouped_gemm._DEEPEST.clear()
+    grouped_gemm._REFUSED.clear()
     tuned.forget()
     yield tmp_path
     tuned.forget()
@@ -176,8 +176,42 @@ def test_the_published_tile_has_as_many_stages_as_fit(
     assert refusing.asked == [min(most, tuned.MOST_STAGES)], "what is refused is asked once"
 
 
+class RefusingWide(Recorder):
+    """Stand in for a kernel whose tile fits up to a width, with whatever stages."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.asked = most, 0
+
+    def __call__(self, *_, **arguments):
+        self.asked += 1
+        if arguments["BLOCK_N"] > self.most:
+            raise OutOfResources(2, 1, "shared memory")
+        self.arguments = arguments
+
+
 @every_kernel
-def test_a_tile_that_fits_with_no_stage_count_is_refused_as_triton_does(
+def test_a_published_tile_that_does_not_fit_at_all_is_halved(
+    kernel, generator, monkeypatch, tuned_folder
+):
+    of = case(kernel, generator, Tile(128, 32, 64))
+    name, recorder = f"_{kernel}_kernel", Recorder()
+    monkeypatch.setattr(load(kernel), name, recorder)
+    of.run(None)
+    half = launched(recorder)[1] // 2
+    grouped_gemm._REFUSED.clear()
+    refusing = RefusingWide(half)
+    monkeypatch.setattr(load(kernel), name, refusing)
+    of.run(None)
+    assert launched(refusing)[1] == half
+    assert refusing.arguments["num_stages"] == tuned.MOST_STAGES
+    refusing.asked = 0
+    of.run(None)
+    assert refusing.asked == 1, "what is refused is asked once"
+
+
+@every_kernel
+def test_a_tile_of_which_nothing_fits_is_refused_as_triton_does(
     kernel, generator, monkeypatch, tuned_folder
 ):
     monkeypatch.setattr(load(kernel), f"_{kernel}_kernel", Refusing(0))
@@ -192,8 +226,8 @@ def test_what_a_gpu_refuses_is_stepped_down_from_and_the_result_is_right(
 ):
     of = case(kernel, device_generator, Tile(128, 32, 64))
     of.check(of.run(None))
-    (num_stages,) = grouped_gemm._DEEPEST.values()
-    assert num_stages < tuned.MOST_STAGES or kernel == "moe_gemm_a8w8_blockscale"
+    (refused,) = grouped_gemm._REFUSED.values()
+    assert refused > 0 or kernel == "moe_gemm_a8w8_blockscale"
 
 
 @every_kernel
