@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ def test_every_case_is_of_rows_that_are_shipped():
         assert re.fullmatch(r"[a-z_]+", name)
         assert case.title
         assert len(baselines.read(case.baseline)) and len(baselines.read(case.candidate))
+
+
+def test_make_report_renders_every_case():
+    makefile = (Path(regression_report.__file__).parents[1] / "Makefile").read_text()
+    (named,) = re.findall(r"^CASES := (.*)$", makefile, re.MULTILINE)
+    assert named.split() == [*regression_report.cases()]
 
 
 def test_a_case_is_found_by_name_else_the_sources_are_it():

@@ -38,7 +38,7 @@ _SAID = {
     "gained": ("fits", BLUE, "white", "now fits or works"),
     "lighter": ("lighter", "#A6CDE8", "black", "fits, spills less or has more occupancy"),
     "open": ("?", "#ffffff", "black", "not answered"),
-    "alike": ("=", "#ffffff", GREY, "fits as before"),
+    "alike": ("=", "#ffffff", GREY, "as before"),
     "never": ("no", "#dddddd", GREY, "fits on neither side"),
 }
 
@@ -109,7 +109,10 @@ def _squares(compared: Comparison) -> pd.DataFrame:
     import pandas as pd
 
     cells, rows = compared.cells, compared.rows
-    cells = cells.assign(refused=(rows["status b"] != "ok") & (rows["status c"] != "ok"))
+    cells = cells.assign(
+        refused=(rows["status b"] != "ok") & (rows["status c"] != "ok"),
+        same=(rows["samples_us b"] == rows["samples_us c"]).fillna(False),
+    )
     cells = cells.dropna(subset=["model", "layer", "tp", "m"])
     by = [*_PANEL, "layer", "tp", "m"]
     found = []
@@ -117,7 +120,8 @@ def _squares(compared: Comparison) -> pd.DataFrame:
         answers = {kind: set(square[kind].dropna()) for kind in ("fits", "resources", "speed")}
         timed = square["ratio"].dropna().astype(float)
         told = dict(zip(by, names, strict=True)) | {"said": _said(answers, square), "mark": ""}
-        if len(timed) and told["said"] != "lost":
+        # One row on both sides has no ratio that was measured.
+        if len(timed) and told["said"] != "lost" and not square["same"].all():
             told |= {
                 "said": None,
                 "ratio": float(np.exp(np.log(timed).mean())),
