@@ -44,8 +44,8 @@ _TAKEN = {
 # Of the two together: what became of a cell's fit.
 LOST, NEITHER, GAINED = "no longer fits", "never fits", "now fits"
 
-# The model of `cliffs` sums over tokens times experts: what is beyond is nobody's batch.
-_MOST = 2**18
+# The model of `cliffs` takes memory by tokens and by row tiles: beyond is nobody's batch.
+_MOST = 2**22
 
 # Of throughput along M: where the figures are from.
 SOURCE, MEASURED, PUBLISHED = "figures", "measured", "published"
@@ -239,9 +239,9 @@ def summary(compared: Comparison) -> pd.DataFrame:
     """Count per kernel, model and target what moved, and by how much over all.
 
     Returns:
-        a row each: cells; the geometric mean of paired times with its 95% interval, and their
-        range; how many are slower, faster, inconclusive and timed; how many no longer fit and
-        now fit.
+        a row each: the geometric mean of paired times, candidate over baseline, with its 95%
+        interval; how many cells are slower, faster, inconclusive and timed, of how many; how
+        many no longer fit and now fit; the range of the paired times.
     """
     import pandas as pd
 
@@ -250,13 +250,10 @@ def summary(compared: Comparison) -> pd.DataFrame:
     for names, cells in compared.cells.groupby(by, sort=False, dropna=False):
         fits, speed = cells["fits"], cells["speed"]
         *kind, target = names
-        told: dict[str, Any] = {"what": trade.named(*kind), "target": target, "cells": len(cells)}
+        told: dict[str, Any] = {"what": trade.named(*kind), "target": target}
+        ratios = cells.loc[cells["how"] == PAIRED, "ratio"].astype(float)
         if total := regress.overall(dataclasses.replace(compared, cells=cells)):
-            ratios = cells.loc[cells["how"] == PAIRED, "ratio"].astype(float)
-            told |= {
-                "time (geometric mean)": f"{total[0]:.3f} ({total[1]:.4f} to {total[2]:.4f})",
-                "range": f"{ratios.min():.3f} to {ratios.max():.3f}",
-            }
+            told["time (geometric mean)"] = f"{total[0]:.3f} ({total[1]:.4f} to {total[2]:.4f})"
         if speed.notna().any():
             told |= {
                 "slower": (speed == "regressed").sum(),
@@ -264,7 +261,14 @@ def summary(compared: Comparison) -> pd.DataFrame:
                 "inconclusive": (speed == "inconclusive").sum(),
                 "timed": speed.notna().sum(),
             }
-        found.append(told | {LOST: (fits == "regressed").sum(), GAINED: (fits == "improved").sum()})
+        told |= {
+            "cells": len(cells),
+            LOST: (fits == "regressed").sum(),
+            GAINED: (fits == "improved").sum(),
+        }
+        if len(ratios):
+            told["range of times"] = f"{ratios.min():.3f} to {ratios.max():.3f}"
+        found.append(told)
     table = pd.DataFrame(found)
     counts = [name for name in ("slower", "faster", "inconclusive", "timed") if name in table]
     return plain(table.astype(dict.fromkeys(counts, "Int64")))
@@ -483,8 +487,7 @@ def along_m(compared: Comparison) -> pd.DataFrame:
     found = []
     for which in SIDES:
         rows = side(compared, which)
-        of_model = rows["experts"].between(1, _MOST) & rows["m"].between(1, _MOST)
-        rows = tables.labelled(rows[(rows["status"] == "ok") & of_model & (rows["block_m"] > 0)])
+        rows = tables.labelled(rows[(rows["status"] == "ok") & _is_modelled(rows)])
         for source, of_cells in (
             (MEASURED, _cells(trade.fastest(rows[rows["tflops"].notna()]), "tflops", CURVE)),
             (PUBLISHED, _published_cells(rows)),
@@ -494,6 +497,14 @@ def along_m(compared: Comparison) -> pd.DataFrame:
                 found.append(steps.assign(side=which, **{SOURCE: source}))
     columns = [*CURVE, "m", "m (was)", cliffs.CHANGE, cliffs.LEFT, cliffs.LOOK, "side", SOURCE]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+
+
+def _is_modelled(rows: pd.DataFrame) -> pd.Series:
+    """Mark rows of MoE GEMMs whose sizes are a batch's and not a mistake."""
+    sizes = ["m", "experts", "top_k", "n", "k", "block_m", "block_n", "block_k", "split_k"]
+    whole = (rows[sizes] > 0).fillna(False).all(axis=1) & (rows["top_k"] <= rows["experts"])
+    tiles = rows["experts"].astype("Float64") * rows["m"] / rows["block_m"]
+    return (whole & (rows["m"] <= _MOST) & (tiles <= _MOST)).fillna(False).astype(bool)
 
 
 def _cells(rows: pd.DataFrame, tflops: str, curve: list[str]) -> pd.DataFrame | None:
@@ -516,8 +527,12 @@ def flagged(steps: pd.DataFrame) -> pd.DataFrame:
     Args:
         steps: of `along_m`.
     Returns:
-        the candidate's where it is flagged there, else the baseline's; the worst first.
+        the candidate's where it is flagged there, else the baseline's, the worst first: the
+        curve in words; token counts and throughputs, ``was -> is``; by how much it changed,
+        what tiles and waves make of it, and what is left; the configuration.
     """
+    import pandas as pd
+
     look = steps[steps[cliffs.LOOK].astype(bool)]
     if look.empty:
         return look
@@ -525,9 +540,25 @@ def flagged(steps: pd.DataFrame) -> pd.DataFrame:
     sides = look.groupby(by, dropna=False)["side"].agg(lambda names: " and ".join(names))
     # The candidate's come last.
     table = look.drop_duplicates(by, keep="last").join(sides.rename(FLAGGED), on=by)
-    worst_first = table.sort_values(cliffs.LEFT)
-    shown = cliffs.shown(worst_first, [SOURCE, FLAGGED, *CURVE])
-    return plain(shown.drop(columns=[cliffs.LOOK]).reset_index(drop=True))
+    found = []
+    for step in table.sort_values(cliffs.LEFT).to_dict("records"):
+        inner = [name for name in CURVE if name != "fast_accum" or step[name]]
+        made = sorted((step[cliffs.TILES], step[cliffs.WAVES]))
+        was, now = step["configuration (was)"], step["configuration"]
+        found.append(
+            {
+                "curve": ", ".join(inert(cliffs.in_words(of, step[of]), _NAME) for of in inner),
+                "M": f"{step['m (was)']:,.0f} -> {step['m']:,}",
+                "TFLOP/s": f"{step['tflops (was)']:,.0f} -> {step['tflops']:,.0f}",
+                cliffs.CHANGE: f"{step[cliffs.CHANGE]:+.1f}",
+                "by the model (%)": f"{made[0]:+.1f} to {made[1]:+.1f}",
+                cliffs.LEFT: f"{step[cliffs.LEFT]:+.1f}",
+                FLAGGED: step[FLAGGED],
+                "configuration": now if was == now else f"{was} -> {now}",
+                SOURCE: step[SOURCE],
+            }
+        )
+    return plain(pd.DataFrame(found))
 
 
 def of_falls(steps: pd.DataFrame) -> HTML:

@@ -267,7 +267,8 @@ def falling(at):
 def test_a_fall_is_flagged_on_the_side_where_it_is():
     told = compared(falling(None), falling(8704))
     flagged = regression_report.flagged(regression_report.along_m(told))
-    assert list(flagged["M"]) == [8704]
+    assert list(flagged["M"]) == ["7,680 -> 8,704"]
+    assert list(flagged["TFLOP/s"]) == ["100 -> 50"]
     assert list(flagged[regression_report.FLAGGED]) == [CANDIDATE]
     both = regression_report.flagged(
         regression_report.along_m(compared(falling(8704), falling(8704)))
@@ -284,8 +285,11 @@ def test_without_a_known_target_or_a_throughput_there_is_no_model(target):
     assert "No two figures along M" in text(regression_report.of_falls(steps))
 
 
-def test_a_batch_that_nobody_has_is_no_work_for_the_model():
-    rows = [timed(tflops=1.0, m=None) | {"m": m} for m in (2**40, 2**41)]
+@pytest.mark.parametrize(
+    "sizes", [{"m": 2**40}, {"experts": 2**30}, {"split_k": 0}, {"k": 0}, {"top_k": 1000}]
+)
+def test_a_batch_that_nobody_has_is_no_work_for_the_model(sizes):
+    rows = [of | sizes for of in falling(None)[:1]]
     assert regression_report.along_m(compared(rows, rows)).empty
 
 
