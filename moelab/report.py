@@ -120,7 +120,7 @@ def render_to(notebook: str | Path, parameters: Mapping[str, object], html: Path
         ``html``.
 
     Raises:
-        ValueError: the file's name is no page's, or what is there is no report of moelab.
+        ValueError: as of `require_report_or_nothing`.
         OSError: the file can't be written.
         FileNotFoundError, ParameterError, ReportError: as `render`; nothing is written.
     """
@@ -128,7 +128,11 @@ def render_to(notebook: str | Path, parameters: Mapping[str, object], html: Path
     # Beside the file, so that it takes its place in one step; and nobody waits for a report
     # that can't be written.
     with tempfile.TemporaryDirectory(prefix=f".{html.stem}", dir=html.parent) as folder:
-        made = render(notebook, parameters, Path(folder), name="report", progress=False)
+        try:
+            made = render(notebook, parameters, Path(folder), name="report", progress=False)
+        except ReportError as error:
+            # What ran before goes with the folder.
+            raise ReportError(str(error).splitlines()[0]) from None
         made.replace(html)
     return html
 
@@ -137,10 +141,13 @@ def require_report_or_nothing(html: Path) -> None:
     """Refuse a file that a report must not replace.
 
     Raises:
-        ValueError: its name is no page's, or what is there is no report of moelab.
+        ValueError: its name is no page's, its folder is not there, or what is there is no
+            report of moelab.
     """
     if html.suffix not in (".html", ".htm"):
         raise ValueError(f"{html}: a report is a page; name it {html.with_suffix('.html')}")
+    if not html.parent.is_dir():
+        raise ValueError(f"{html}: there is no folder {html.parent}; make it first")
     if html.exists() and not _is_report(html):
         raise ValueError(f"{html}: is there and is no report of moelab; choose another name")
 

@@ -312,6 +312,11 @@ def test_what_is_no_report_is_never_replaced(tmp_path, never_runs, name, content
     assert content is None or there.read_text() == content
 
 
+def test_a_report_makes_no_folder_of_a_mistyped_name(tmp_path, never_runs):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; make it first"):
+        report.render_to("01_stage_sweep", {}, tmp_path / "nowhere" / "page.html")
+
+
 def test_input_is_never_the_output(tmp_path, never_runs):
     source = write(tmp_path / "a.ipynb", code("1"))
     before = source.read_bytes()
