@@ -100,6 +100,45 @@ def judge(
     return _answered(mean, error, rounds - 1.0, rounds, threshold).assign(spread=spread)
 
 
+def judge_paired(
+    sides: Sequence[Sequence[np.ndarray]], threshold: float = THRESHOLD
+) -> pd.DataFrame:
+    """Judge times of rounds in which both sides took turns.
+
+    Args:
+        sides: of each cell the baseline's `medians` and the candidate's, round by round; what
+            only one has at the end is left out.
+    Returns:
+        as `judge`.
+    """
+    import numpy as np
+
+    rounds = [min(map(len, cell)) for cell in sides]
+    differences = np.full((len(sides), max(rounds, default=0)), np.nan)
+    for cell, (baseline, candidate) in enumerate(sides):
+        together = rounds[cell]
+        differences[cell, :together] = candidate[:together] - baseline[:together]
+    # Two uniform errors of a tick, that no number of rounds takes away.
+    least = [min(np.median(side) for side in cell) for cell in sides]
+    return judge(differences, TICK_US / math.sqrt(6) / np.exp(least), threshold)
+
+
+def looks(rounds: int) -> tuple[int, ...]:
+    """Tell after how many rounds one may look, if there are to be no more than so many.
+
+    The error is spent on as many looks as `LOOKS` has; where the last one lies doesn't matter.
+
+    Raises:
+        ValueError: fewer rounds than decide anything.
+
+    >>> looks(24), looks(8), looks(100)
+    ((6, 12, 24), (6, 8), (6, 12, 100))
+    """
+    if rounds < LOOKS[0]:
+        raise ValueError(f"rounds = {rounds}: give {LOOKS[0]} or more, fewer decide nothing")
+    return (*(look for look in LOOKS[:-1] if look < rounds), rounds)
+
+
 def _answered(
     mean: np.ndarray, error: np.ndarray, freedom: np.ndarray, rounds: np.ndarray, threshold: float
 ) -> pd.DataFrame:
@@ -204,7 +243,7 @@ def rounds_needed(
 def noise(rows: pd.DataFrame) -> pd.Series:
     """Measure the noise of measured rows: what a threshold has to clear on that device.
 
-    Two neighbours of the same problem and run are a pair.
+    Two neighbours of the same problem and run are a pair; of A/B runs, the two sides of a cell.
 
     Returns:
         ``pairs``; ``spread`` of a pair's d_r, the median and the 90th percentile over pairs;
@@ -221,11 +260,13 @@ def noise(rows: pd.DataFrame) -> pd.Series:
     samples = {index: json.loads(text) for index, text in timed["samples_us"].items()}
     middle = {index: medians(text) for index, text in timed["samples_us"].items()}
     together = timed.groupby([*_TOGETHER], sort=False, dropna=False)
-    pairs = [
-        middle[second] - middle[first]
-        for _, of_problem in together
-        for first, second in itertools.pairwise(of_problem.index)
-    ]
+    sides = timed["side"].fillna("").to_dict()
+    pairs = []
+    for _, of_problem in together:
+        for first, second in itertools.pairwise(of_problem.index):
+            if (sides[first], sides[second]) in (("", ""), ("base", "candidate")):
+                rounds = min(len(middle[first]), len(middle[second]))
+                pairs.append(middle[second][:rounds] - middle[first][:rounds])
     if not pairs:
         raise ValueError("no two rows of one problem and run have samples")
     off = [pair - pair.mean() for pair in pairs]

@@ -44,7 +44,7 @@ _CELL = (*_PROBLEM, "peer", "includes")
 _SETTINGS = (
     *("block_m", "block_n", "block_k", "split_k"),
     *("group_m", "tma", "tails", "persistent", "specialized"),
-    *("num_warps", "async_copy", "num_stages", "triton", "gpu", "workload"),
+    *("num_warps", "async_copy", "num_stages", "triton", "gpu", "workload", "side"),
 )
 
 _PROVENANCE = ("run", "moelab")
@@ -116,7 +116,8 @@ def compare(
 
     A cell is a kernel, its problem and target. Where a side has several rows of one, tile, ways,
     warps, async copy, stages, Triton, GPU and routing tell them apart, in this order and as
-    far as is needed: what tells no two rows of a side apart is what may be compared.
+    far as is needed: what tells no two rows of a side apart is what may be compared. The sides
+    of A/B runs (`moelab.ab`) are compared run by run.
 
     Args:
         baseline, candidate: rows as `records.read` or `baselines.read` gives them.
@@ -127,11 +128,14 @@ def compare(
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold {threshold:g}: give a fraction between 0 and 1, such as 0.03")
-    sides = [
-        _one_each(side, set(other["run"].dropna()))
-        for side, other in ((baseline, candidate), (candidate, baseline))
-    ]
-    by = list(_CELL)
+    sides = [baseline, candidate]
+    by = [*_CELL, "run"]
+    if not _are_ab(*sides):
+        sides = [
+            _one_each(side, set(other["run"].dropna()))
+            for side, other in ((baseline, candidate), (candidate, baseline))
+        ]
+        by = [*_CELL]
     for name in _SETTINGS:
         crowded = [side for side in sides if side.duplicated(by).any()]
         if not crowded:
@@ -139,11 +143,11 @@ def compare(
         if any(_tells_apart(side, by, name) for side in crowded):
             by.append(name)
     paired = sides[0].merge(
-        sides[1], on=by, how="outer", suffixes=(" b", " c"), indicator="side", sort=False
+        sides[1], on=by, how="outer", suffixes=(" b", " c"), indicator="_in", sort=False
     )
-    both = paired[paired["side"] == "both"].drop(columns="side").reset_index(drop=True)
+    both = paired[paired["_in"] == "both"].drop(columns="_in").reset_index(drop=True)
     only_baseline, only_candidate = (
-        tables.labelled(side.merge(paired.loc[paired["side"] == where, by], on=by, sort=False))
+        tables.labelled(side.merge(paired.loc[paired["_in"] == where, by], on=by, sort=False))
         for side, where in zip(sides, ("left_only", "right_only"), strict=True)
     )
     if both.empty:
@@ -168,6 +172,16 @@ def compare(
         tuple(by),
         _differs(both, by),
         threshold,
+    )
+
+
+def _are_ab(baseline: pd.DataFrame, candidate: pd.DataFrame) -> bool:
+    """Say whether rows are the two sides of A/B runs, each of which has one row of a question."""
+    return bool(
+        baseline["side"].notna().all()
+        and candidate["side"].notna().all()
+        and baseline["side"].nunique() == candidate["side"].nunique() == 1
+        and set(baseline["run"]) & set(candidate["run"])
     )
 
 
@@ -196,7 +210,7 @@ def _told_of_each(
 
 def _of_baseline(both: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Take the baseline's settings where both sides' stand beside each other."""
-    names = [*_CELL, *_SETTINGS]
+    names = [*dict.fromkeys([*_CELL, *_SETTINGS, *by])]
     return both[[name if name in by else f"{name} b" for name in names]].set_axis(names, axis=1)
 
 
@@ -313,11 +327,10 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
 
     Cells whose sides took turns and those that did not are families of their own.
     """
-    import numpy as np
     import pandas as pd
 
     told: dict[int, dict[str, Any]] = {}
-    paired: list[tuple[int, np.ndarray, float]] = []
+    paired: list[tuple[int, np.ndarray, np.ndarray]] = []
     apart: list[tuple[int, np.ndarray, np.ndarray]] = []
     for at, row in enumerate(both.to_dict("records")):
         times = [row[f"time_us {side}"] for side in "bc"]
@@ -328,18 +341,11 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
             told[at] = {"how": SINGLE, "ratio": times[1] / times[0], "speed": "inconclusive"}
             continue
         medians = [paired_rounds.medians(text) for text in samples]
-        if not _missing(row["run b"]) and row["run b"] == row["run c"]:
-            rounds = min(map(len, medians))
-            # Two uniform errors of a tick, that no number of rounds takes away.
-            floor = paired_rounds.TICK_US / math.sqrt(6) / min(times)
-            paired.append((at, medians[1][:rounds] - medians[0][:rounds], floor))
-        else:
-            apart.append((at, medians[0], medians[1]))
+        runs = [_one(row, "run", side) for side in "bc"]
+        together = runs[0] is not None and runs[0] == runs[1]
+        (paired if together else apart).append((at, medians[0], medians[1]))
     if paired:
-        matrix = np.full((len(paired), max(len(d) for _, d, _ in paired)), np.nan)
-        for place, (_, differences, _) in enumerate(paired):
-            matrix[place, : len(differences)] = differences
-        judged = paired_rounds.judge(matrix, np.array([floor for *_, floor in paired]), threshold)
+        judged = paired_rounds.judge_paired([sides for _, *sides in paired], threshold)
         for (at, *_), cell in zip(paired, judged.to_dict("records"), strict=True):
             answer = cell.pop("answer")
             cell |= {"how": PAIRED, "speed": answer}
@@ -372,7 +378,7 @@ def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]
     """Tell what differs between the sides, of settings and of what made the rows."""
     values: dict[str, list[set[str]]] = {}
     for name in (*_SETTINGS, *_PROVENANCE):
-        if name not in by:
+        if name not in (*by, "side"):
             values[name] = [set(both[f"{name} {s}"].dropna().astype(str)) for s in "bc"]
     for side, suffix in enumerate("bc"):
         for text in both[f"made_by {suffix}"].dropna().unique():
@@ -510,7 +516,7 @@ def table(comparison: Comparison) -> pd.DataFrame:
 _NAMES = (
     *("kernel", "model", "target", "layer", "tp", "m", "x_format", "y_format", "scale_layout"),
     *("fast_accum", "args", "peer", "includes", "tile", "num_warps", "async_copy", "num_stages"),
-    *("triton", "gpu", "workload"),
+    *("triton", "gpu", "workload", "run"),
 )
 
 

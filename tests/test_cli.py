@@ -760,6 +760,86 @@ def test_peers_are_asked_for_by_name_or_all_with_problems_that_they_compute(
     assert plain == [bool(names)] * len(plain)
 
 
+@pytest.fixture
+def two_sides(measured, monkeypatch, tmp_path):
+    """Let `moelab measure --ab` find a GPU on which the candidate takes longer by a factor."""
+    from test_regress import timed
+
+    from moelab import ab
+
+    told = {}
+
+    def measure(asked, base, candidate, store, **how):
+        told.update(asked=asked, sides=(str(base), str(candidate)), **how)
+        sides = {"base": 1.0, "candidate": told.get("factor", 1.0)}
+        return records.frame(timed(side=side, by=by) for side, by in sides.items())
+
+    monkeypatch.setattr(ab, "measure", measure)
+    return (*measured, "--store", tmp_path / "rows"), told
+
+
+@pytest.mark.parametrize(("factor", "exit_code"), [(1.0, 0), (1.2, 1)])
+def test_an_ab_run_ends_with_the_verdict_and_its_rows_have_the_same(
+    two_sides, factor, exit_code, tmp_path
+):
+    command, told = two_sides
+    told["factor"] = factor
+    export, summary = tmp_path / "rows.parquet", tmp_path / "summary.md"
+    result = run(
+        *(*command, "--ab", "stages=1", "--ab", "stages=most", "--threshold", "4%"),
+        *("--export", export, "--markdown", summary),
+    )
+    assert (result.exit_code, told["sides"]) == (exit_code, ("stages=1", "stages=most"))
+    assert told["threshold"] == 0.04
+    # As many as the procedure takes, of one stage count.
+    assert "rounds" not in told
+    assert {of.num_stages for of in told["asked"]} == {2}
+    verdict = "passed" if exit_code == 0 else "regressed"
+    assert result.stdout.splitlines()[0] == verdict
+    assert summary.read_text().startswith(f"## moelab compare: {verdict}")
+    again = run("compare", f"{export}@side=base", f"{export}@side=candidate", "--threshold", "4%")
+    assert (again.exit_code, again.stdout) == (result.exit_code, result.stdout)
+
+
+def test_an_ab_run_as_json_is_one_object(two_sides):
+    command, told = two_sides
+    result = run(*command, "--ab", "same", "--ab", "same", "--json", "--rounds", "12", "--apart")
+    assert json.loads(result.stdout)["verdict"] == "passed"
+    assert (told["rounds"], told["apart"]) == (12, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--ab", "same"), "--ab is given 1 times; give it twice"),
+        (("--ab", "same", "--ab", "colour=blue"), "no 'colour'; a side is `same`, or some of"),
+        (("--ab", "same", "--ab", "same", "--peers", "torch"), "leave it out with --ab"),
+        (("--ab", "same", "--ab", "same", "--markdown", "a.parquet"), "name it a.md"),
+        (("--apart",), "--apart is of --ab BASE --ab CANDIDATE"),
+        (("--threshold", "4%"), "--threshold is of --ab"),
+    ],
+)
+def test_wrong_use_of_two_sides_is_refused_before_anything_is_measured(two_sides, given, words):
+    command, told = two_sides
+    result = run(*command, *given)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert not told
+
+
+def test_an_ab_run_that_could_not_measure_is_no_regression(two_sides, monkeypatch):
+    from moelab import ab
+    from moelab.timing import MeasureError
+
+    def measure(*_, **__):
+        raise MeasureError("the worker of the base did not start")
+
+    monkeypatch.setattr(ab, "measure", measure)
+    result = run(*two_sides[0], "--ab", "same", "--ab", "same")
+    assert result.exit_code == 2
+    assert "did not start" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [

@@ -7,7 +7,7 @@ import pytest
 import suites
 
 from moelab import paired_rounds, records, trade
-from moelab.paired_rounds import LOOKS, found, judge, rounds_needed
+from moelab.paired_rounds import LOOKS, found, judge, looks, rounds_needed
 
 CELLS = 300
 SUITES = [6, pytest.param(60, marks=pytest.mark.slow)]
@@ -201,3 +201,22 @@ def test_noise_needs_two_rows_that_took_turns():
     rows = records.read(trade.SHIPPED).dropna(subset=["samples_us"]).head(1)
     with pytest.raises(ValueError, match="no two rows of one problem and run"):
         paired_rounds.noise(rows)
+
+
+def test_of_ab_runs_the_two_sides_of_a_cell_are_a_pair():
+    rows = records.read(trade.SHIPPED).dropna(subset=["samples_us"]).head(4)
+    one = rows.iloc[[0, 0, 0, 0]].reset_index(drop=True)
+    turns = [[[100.0], [by]] for by in (100.0, 110.0, 300.0, 330.0)]
+    samples = [json.dumps(of) for of in turns]
+    ab = one.assign(side=["base", "candidate"] * 2, samples_us=samples)
+    assert paired_rounds.noise(ab)["pairs"] == 2
+    assert paired_rounds.noise(ab.assign(side=None))["pairs"] == 3
+
+
+def test_whoever_looks_at_most_three_times_may_choose_when_the_last_is():
+    for rounds in (6, 8, 12, 24, 48):
+        assert looks(rounds)[-1] == rounds
+        assert len(looks(rounds)) <= len(LOOKS)
+    assert looks(LOOKS[-1]) == LOOKS
+    with pytest.raises(ValueError, match="rounds = 5: give 6 or more"):
+        looks(5)

@@ -53,6 +53,7 @@ ROW = {
     "gpu": "NVIDIA H200",
     "workload": "uniform, 0",
     "run": "20261123T170000-abcdef",
+    "side": "base",
     "peer": "triton_kernels",
     "includes": "gather",
     "status": "ok",
@@ -84,11 +85,13 @@ ROW = {
     "throttled": "power",
     "made_by": '{"torch": "2.11.0"}',
     "moelab": "0.1.0",
-    "schema": 5,
+    "schema": 6,
 }
 
 # What rows of earlier schemas meant, which had no columns for it.
+UNSAID_IN_5 = {"side": None}
 UNSAID_IN_4 = {
+    **UNSAID_IN_5,
     "fast_accum": False,
     "group_m": 4,
     "tma": False,
@@ -118,6 +121,7 @@ UNSAID = {
     2: UNSAID_IN_2,
     3: UNSAID_IN_3,
     4: UNSAID_IN_4,
+    5: UNSAID_IN_5,
 }
 OLD_ROW = {
     schema: {name: value for name, value in ROW.items() if name not in unsaid} | {"schema": schema}
@@ -234,7 +238,7 @@ def test_an_earlier_row_answers_the_same_question_now(tmp_path, schema):
     (row,) = records.journalled(tmp_path)
     assert records.key(row) == records.key(ROW | UNSAID[schema])
     write(tmp_path, ROW | UNSAID[schema], ROW)
-    assert [row["schema"] for row in plain(records.read(tmp_path))] == [5, 5]
+    assert [row["schema"] for row in plain(records.read(tmp_path))] == [6, 6]
 
 
 @every_schema
@@ -248,7 +252,7 @@ def test_rows_of_all_schemas_are_exported_together(tmp_path):
     write(tmp_path / "store", *OLD_ROW.values(), ROW)
     rows = records.read(tmp_path / "store")
     assert_frame_equal(records.read(records.export(rows, tmp_path / "rows.parquet")), rows)
-    assert list(rows["schema"]) == [1, 2, 3, 4, 5]
+    assert list(rows["schema"]) == [1, 2, 3, 4, 5, 6]
 
 
 # Writers.

@@ -404,3 +404,33 @@ def test_long_lists_are_cut_and_counted():
     assert "and 58 more; --json has every cell" in regress.text(told)
     assert "and 58 more" in regress.markdown(told)
     assert len(json.loads(regress.as_json(told))["cells"]) == 88
+
+
+# The sides of A/B runs.
+
+
+def ab_run(run, by, **changed):
+    """One cell of an A/B run, its candidate slower by a factor."""
+    return timed(run=run, side="base"), timed(run=run, side="candidate", by=by, **changed)
+
+
+def test_ab_runs_of_one_file_are_cells_of_their_own():
+    first, second = ab_run("first", 1.2, num_stages=3), ab_run("second", 1.0, num_stages=4)
+    found = compared(*zip(first, second, strict=True))
+    by_run = dict(zip(found.cells["run"], found.cells["speed"], strict=True))
+    assert by_run == {"first": "regressed", "second": "passed"}
+    assert set(found.cells["how"]) == {PAIRED}
+    assert "run" in regress.table(found)
+    assert found.differs["num_stages"] == ("2", "3, 4")
+
+
+def test_a_side_of_one_ab_run_against_that_of_another_took_no_turns_with_it():
+    base, _ = ab_run("first", 1.0)
+    _, candidate = ab_run("second", 1.2)
+    assert cell(base, candidate)["how"] == ADVISORY
+
+
+def test_both_sides_of_ab_runs_against_those_of_later_ones_are_told_apart():
+    found = compared(ab_run("first", 1.0), ab_run("second", 1.0))
+    assert len(found.cells) == 2
+    assert set(found.cells["side"]) == {"base", "candidate"}
