@@ -26,8 +26,8 @@ _ALIKE = ["gpu", "triton", "run", "workload", "x_format", "y_format"]
 _PROBLEM = [*_ALIKE, *CURVE, "m"]
 TILING = [*_PROBLEM, "tile", "num_warps"]
 
-# Policies of `under` that ask for what fits.
-MOST, UP_TO = "most", "up to "
+# Of a policy of `under` that asks for what fits; a number behind it is the most stages.
+MOST = "most"
 
 # A notebook's parameters that say which rows.
 PARAMETERS = ("rows_path", "kernels", "models", "layers", "tp")
@@ -104,8 +104,8 @@ def under(rows: pd.DataFrame, policy: str) -> pd.DataFrame:
 
     Args:
         rows: with and without `tables.labelled`; what has no stages is left out.
-        policy: ``most``, the largest count that fits; ``up to 2``, likewise among these; or one
-            of `problems.POLICIES`, as its rules have it whether it fits or not. Where nothing
+        policy: ``most``, the largest count that fits; ``most2``, of at most two; or one of
+            `problems.POLICIES`, as its rules have it whether it fits or not. Where nothing
             fits, the least count is kept, and says so.
     Raises:
         ValueError: there is no such policy, or it says nothing of a row's target.
@@ -117,11 +117,11 @@ def under(rows: pd.DataFrame, policy: str) -> pd.DataFrame:
             for row in rows.to_dict("records")
         ]
         return rows[rows["num_stages"] == ruled]
-    most = policy.removeprefix(UP_TO)
-    if policy != MOST and not (policy.startswith(UP_TO) and most.isdecimal() and int(most)):
-        there = ", ".join((MOST, f"{UP_TO}2", *problems.POLICIES))
+    most = policy.removeprefix(MOST)
+    if not policy.startswith(MOST) or (most and not (most.isdecimal() and int(most))):
+        there = ", ".join((MOST, f"{MOST}2", *problems.POLICIES))
         raise ValueError(f"no stage policy {policy!r}; there are {there}")
-    if policy != MOST:
+    if most:
         rows = rows[rows["num_stages"] <= int(most)]
     # A run may have asked fewer counts than another.
     but = ("num_stages", "compile_key", "run")

@@ -215,7 +215,7 @@ def test_of_several_sources_the_damaged_one_is_named(store, tmp_path):
         ("m=7", "no row has m '7'; there are 512, 2560"),
         ("tokens=512", "rows have no column 'tokens'"),
         ("m=512,layer", "'layer' after @ is not COLUMN=VALUE"),
-        ("stages=deep", "rows@stages=deep: no stage policy 'deep'; there are most, up to 2"),
+        ("stages=deep", "rows@stages=deep: no stage policy 'deep'; there are most, most2"),
     ],
 )
 def test_values_that_no_row_has_are_told_with_those_there_are(store, wanted, words):

@@ -367,8 +367,8 @@ def test_where_nothing_fits_the_least_count_says_so():
 
 def test_up_to_a_count_leaves_deeper_ones_out():
     rows = [row(count, 10.0) for count in (1, 2, 3)]
-    assert stages_of(rows, "up to 2") == [2]
-    assert stages_of([row(1, 10.0), row(2, None, **OUT)], "up to 2") == [1]
+    assert stages_of(rows, "most2") == [2]
+    assert stages_of([row(1, 10.0), row(2, None, **OUT)], "most2") == [1]
 
 
 def test_a_run_that_asked_fewer_counts_does_not_bring_its_own_most():
@@ -395,9 +395,9 @@ def test_a_policy_that_speaks_of_another_target_says_so():
         stages_of([row(1, 10.0)], problems.LATER_FIX)
 
 
-@pytest.mark.parametrize("policy", ["", "least", "up to", "up to 0", "up to two", "up to -1"])
+@pytest.mark.parametrize("policy", ["", "least", "most0", "mosttwo", "most-1", "2most"])
 def test_an_unknown_policy_is_answered_with_those_there_are(policy):
-    with pytest.raises(ValueError, match="there are most, up to 2, before #2723, after #2723"):
+    with pytest.raises(ValueError, match="there are most, most2, before #2723, after #2723"):
         stages_of([row(1, 10.0)], policy)
 
 
