@@ -732,7 +732,8 @@ def lds(
 @click.option(
     "--out", default="reports", type=click.Path(path_type=Path), help="Folder for the report."
 )
-def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path) -> None:
+@click.option("--name", default="", help="Of its files; if not given, the notebook's.")
+def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path, name: str) -> None:
     """Run a notebook and render it as one HTML file that opens offline.
 
     \b
@@ -743,7 +744,8 @@ def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path) ->
     from .parameters import ParameterError
 
     try:
-        html = report_.render(notebook, {name: _value(text) for name, text in parameters}, out)
+        values = {parameter: _value(text) for parameter, text in parameters}
+        html = report_.render(notebook, values, out, name=name)
     except (ParameterError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from None
     except report_.ReportError as error:
@@ -1009,17 +1011,27 @@ def export(
 @click.argument("candidate")
 @click.option("--threshold", default="3%", callback=_share, help="Slower by more is a regression.")
 @_markdown
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a report as one file that opens offline.",
+)
 @_as_json
 def compare(
-    baseline: str, candidate: str, threshold: float, markdown: Path | None, as_json: bool
+    baseline: str,
+    candidate: str,
+    threshold: float,
+    markdown: Path | None,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """Say what regressed between two sets of rows: fit, resources, speed.
 
     Each is a store's folder, a .parquet export, or a baseline's name: a file in
     $MOELAB_BASELINES, or shipped, such as h200_stage_sweep. SOURCE@COLUMN=VALUE,... takes some
-    of its rows. Cells are matched by kernel, problem and target, and by what else tells rows
-    apart. Speed is judged where both sides took turns in one run; another run's times are
-    listed, and prove nothing.
+    of its rows, SOURCE@stages=most of each tile those with the most stages that fit. Cells are
+    matched by kernel, problem and target, and by what else tells rows apart. Speed is judged where
+    both sides took turns in one run; another run's times are listed, and prove nothing.
 
     Ends with 0 where nothing regressed, 1 where something did, 2 after wrong use or where a row
     is damaged, 3 where nothing regressed but something is inconclusive.
@@ -1028,17 +1040,24 @@ def compare(
     Example:
       moelab compare before.parquet after.parquet --markdown summary.md
       moelab compare h200_stage_sweep@num_stages=1 h200_stage_sweep@num_stages=3
+      moelab compare before.parquet after.parquet --html report.html
     """
     from . import baselines, regress
+    from . import report as report_
 
     try:
         _check_markdown(markdown)
+        if html is not None:
+            report_.require_report_or_nothing(html)
         compared = regress.compare(
             baselines.read(baseline), baselines.read(candidate), threshold=threshold
         )
+        if html is not None:
+            given = {"baseline": baseline, "candidate": candidate, "threshold": threshold}
+            report_.render_to("06_regression_report", given, html)
         if markdown is not None:
             markdown.write_text(regress.markdown(compared), encoding="utf-8")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, report_.ReportError) as error:
         raise click.UsageError(baselines.inert(error, most=2000)) from None
     click.echo(regress.as_json(compared) if as_json else regress.text(compared))
     raise SystemExit(compared.exit_code)

@@ -49,6 +49,9 @@ _SETTINGS = (
 
 _PROVENANCE = ("run", "moelab")
 
+# Clocks are apart where the median cell's differ by more than this share.
+CLOCKS_APART = 0.01
+
 # How much a mode asks: what only the deeper of two tells, the other's `ok` does not deny.
 _DEPTH = {"lds": 0, "map": 0, "full": 1, "measured": 2}
 _TOLD_BY_ALL = ("ok", "out_of_lds", "out_of_tmem")
@@ -78,6 +81,8 @@ class Comparison:
             ``ratio_low`` to ``ratio_high``, ``rounds``, ``spread`` (standard deviation of d_r),
             ``how`` the times were set beside each other, ``rounds_needed`` by what is
             inconclusive; ``what`` changed in words; and ``verdict``.
+        rows: what both sides said of each cell, in the same order: columns as `records` has them,
+            but for ``matched_by`` with ``" b"`` (the baseline's) or ``" c"`` behind.
         only_baseline, only_candidate: rows of cells that the other side lacks.
         matched_by: the columns that told cells apart.
         differs: what else differs between the sides, ``{column: (baseline's, candidate's)}``.
@@ -85,6 +90,7 @@ class Comparison:
     """
 
     cells: pd.DataFrame
+    rows: pd.DataFrame
     only_baseline: pd.DataFrame
     only_candidate: pd.DataFrame
     matched_by: tuple[str, ...]
@@ -157,10 +163,15 @@ def compare(
         ["verdict", "ratio"],
         key=lambda c: c.map(ANSWERS.index) if c.name == "verdict" else -c.astype(float),
         kind="stable",
-        ignore_index=True,
     )
     return Comparison(
-        cells, only_baseline, only_candidate, tuple(by), _differs(both, by), threshold
+        cells.reset_index(drop=True),
+        both.loc[cells.index].reset_index(drop=True),
+        only_baseline,
+        only_candidate,
+        tuple(by),
+        _differs(both, by),
+        threshold,
     )
 
 
@@ -184,7 +195,9 @@ def _told_of_each(
         resources: str | None = None
         if fit not in ("regressed", "inconclusive"):
             decided = time["how"] == PAIRED and time["speed"] != "inconclusive"
-            resources, *more = _resources(row, decided)
+            # What can't be launched takes nothing that another could take more of.
+            launched = row["status b"] == row["status c"] == "ok"
+            resources, *more = _resources(row, decided or not launched)
             texts += more
         texts += _in_words(time)
         answers = (fit, resources, time["speed"])
@@ -269,7 +282,7 @@ def _resources(row: Mapping[str, Any], decided: bool) -> tuple[str, ...]:
     """Say what a cell takes more or less of, and in words.
 
     Args:
-        decided: its speed was judged, which says what they cost.
+        decided: its speed was judged, which says what they cost, or a side is not launched.
     """
     answers, texts = {"passed"}, []
     for name in RESOURCES:
@@ -298,11 +311,11 @@ def _in_words(time: Mapping[str, Any]) -> list[str]:
     if _missing(time["ratio_low"]):
         return [f"time x{time['ratio']:.3f} ({time['how']})"]
     between = f"{time['ratio_low']:.3f} to {time['ratio_high']:.3f}"
-    said = f"time x{time['ratio']:.3f} ({between}, {time['rounds']} rounds, {time['how']})"
+    said = f"time x{time['ratio']:.3f} ({between}, {time['rounds']:.0f} rounds, {time['how']})"
     if time["how"] != PAIRED or time["speed"] != "inconclusive":
         return [said]
     needed = time["rounds_needed"]
-    rounds = "more than 1000" if needed is None else f"about {needed}"
+    rounds = "more than 1000" if needed is None else f"about {needed:.0f}"
     return [f"{said}; {rounds} rounds would decide it if it goes on so"]
 
 
@@ -377,7 +390,24 @@ def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]
         name: (listed(sides[0]), listed(sides[1]))
         for name, sides in values.items()
         if sides[0] != sides[1]
-    }
+    } | _clocks(both)
+
+
+def _clocks(both: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Tell the sides' clocks where they are apart, and what held one side's down alone."""
+    told = {}
+    mhz = [both[f"clock_mhz {side}"] for side in "bc"]
+    apart = (mhz[1] / mhz[0] - 1).abs().median()
+    if not _missing(apart) and apart > CLOCKS_APART:
+        medians = [f"{of_side[mhz[0].notna() & mhz[1].notna()].median():.0f}" for of_side in mhz]
+        told["clock_mhz"] = (medians[0], medians[1])
+    held = [
+        {why for text in both[f"throttled {side}"].dropna() for why in text.split(",") if why}
+        for side in "bc"
+    ]
+    if held[0] != held[1]:
+        told["throttled"] = (listed(held[0]), listed(held[1]))
+    return told
 
 
 # What is said of a comparison.
@@ -480,7 +510,7 @@ def table(comparison: Comparison) -> pd.DataFrame:
     """
     cells = comparison.cells
     moved = cells[cells["verdict"] != "passed"]
-    return moved[["verdict", *_telling(comparison), "what"]].reset_index(drop=True)
+    return moved[["verdict", *telling(comparison), "what"]].reset_index(drop=True)
 
 
 _NAMES = (
@@ -490,7 +520,7 @@ _NAMES = (
 )
 
 
-def _telling(comparison: Comparison) -> list[str]:
+def telling(comparison: Comparison) -> list[str]:
     """Name the columns that tell cells apart to a reader, those of one side alone too."""
     sides = (comparison.cells, comparison.only_baseline, comparison.only_candidate)
 
@@ -545,7 +575,7 @@ def _one_sided(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
         ("candidate", comparison.only_candidate),
     ):
         if len(rows):
-            yield f"Only in the {side}: {len(rows)}", rows[[*_telling(comparison), "status"]]
+            yield f"Only in the {side}: {len(rows)}", rows[[*telling(comparison), "status"]]
 
 
 def _markdown_table(rows: pd.DataFrame) -> list[str]:

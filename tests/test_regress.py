@@ -141,6 +141,14 @@ def test_where_speed_was_judged_it_says_what_resources_cost():
     assert (open_["resources"], open_["speed"]) == ("regressed", "inconclusive")
 
 
+def test_what_was_not_launched_takes_nothing_that_could_grow():
+    told = cell(row(**REFUSED, spilled_registers=0), row(spilled_registers=9))
+    assert (told["fits"], told["resources"], told["verdict"]) == ("improved", "changed", "improved")
+    assert "spilled_registers 0 -> 9" in told["what"]
+    refused = cell(row(**REFUSED), row(**REFUSED, spilled_registers=9))
+    assert refused["resources"] == "changed"
+
+
 # Speed.
 
 
@@ -305,6 +313,27 @@ def test_a_difference_in_what_made_the_rows_is_told():
     assert told.differs == {"made by: driver": ("580", "590")}
     assert "made by: driver (580 against 590)" in regress.text(told)
     assert "nothing that rows tell" in regress.text(compared(timed(), timed()))
+
+
+def test_clocks_that_are_apart_differ_and_what_held_one_side_down():
+    fast, slow = {"clock_mhz": 1980.0, "throttled": ""}, {"clock_mhz": 1800.0}
+    told = compared(timed(**fast), timed(**slow, throttled="sw_power_cap"))
+    assert told.differs == {
+        "clock_mhz": ("1980", "1800"),
+        "throttled": ("none", "sw_power_cap"),
+    }
+    assert compared(timed(**fast), timed(**fast | {"clock_mhz": 1970.0})).differs == {}
+    assert compared(timed(), timed(**slow)).differs == {}
+
+
+def test_both_sides_rows_stand_in_the_order_of_the_cells():
+    candidate = [row(m=512), row(m=2560, **REFUSED, num_stages=3), row(m=8704, num_stages=3)]
+    told = compared([row(m=512), row(m=2560), row(m=8704)], candidate)
+    assert list(told.cells["m"][:1]) == [2560]
+    assert list(told.rows["m"]) == list(told.cells["m"])
+    assert list(told.rows["status c"]) == ["out_of_lds", "ok", "ok"]
+    assert list(told.rows["num_stages b"]) == [2, 2, 2]
+    assert list(told.rows["num_stages c"][:1]) == [3]
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.1, 3, float("nan")])
