@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 # Comparisons of shipped rows: moelab/data/regression_cases.csv says of which.
-CASES := two_stages_to_one most_stages_to_one two_stages_to_aware one_stage_to_aware
+CASES := two_stages_to_one most_stages_to_one two_stages_to_aware one_stage_to_aware equal_code
 # Small sizes: each access takes the sanitizer many times longer.
 MEMCHECK ?= pairs or partly_filled or chain or any_distribution or random or test_router
 BIN := .venv/bin

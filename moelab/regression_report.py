@@ -170,8 +170,9 @@ def warnings(compared: Comparison) -> list[str]:
     for name, (was, now) in compared.differs.items():
         subject = _SUBJECTS.get(name, inert(name, _NAME).removeprefix("made by: "))
         subjects.setdefault(subject, f"{inert(was, _NAME)} against {inert(now, _NAME)}")
-    # Cells of two runs are advisory already.
-    subjects.pop("run", None)
+    # Cells of two runs are advisory already; what a side was asked for is what is compared.
+    for known in ("run", "ab"):
+        subjects.pop(known, None)
     if len(subjects) > 1:
         told = "; ".join(f"{subject} ({values})" for subject, values in subjects.items())
         said.append(

@@ -101,6 +101,11 @@ KNOWN = {"throttled": ""}
 def test_of_sides_that_differ_in_one_thing_nothing_is_warned():
     assert warned(timed(**KNOWN), timed(by=1.001, **KNOWN)) == ""
     assert warned(timed(**KNOWN), timed(by=1.2, **KNOWN, num_stages=3, num_warps=8)) == ""
+    named = [
+        {"made_by": json.dumps({"driver": "580", "ab": f"stages={stages}"}), "num_stages": stages}
+        for stages in (2, 3)
+    ]
+    assert warned(timed(**KNOWN | named[0]), timed(by=1.2, **KNOWN | named[1])) == ""
 
 
 @pytest.mark.parametrize(
