@@ -126,7 +126,7 @@ def test_rows_are_exported_on_request(swept, no_workers, tmp_path):
 def answer_all(monkeypatch, status, reason=None):
     """Give every configuration the same answer, without compiling."""
 
-    def answer(configurations, full, jobs, timeout_s):
+    def answer(configurations, full, jobs, timeout_s, memory):
         for key, configuration in configurations.items():
             yield key, sweep._stamped(status, reason, TARGETS[configuration.target])
 
@@ -500,7 +500,7 @@ def test_measurements_without_their_columns_are_an_error_before_anything_is_comp
 def test_without_a_tile_every_published_one_is_answered(tmp_path, monkeypatch):
     """What has fewer than 128 rows, or one stage, fits; some of the rest in one launch alone."""
 
-    def answer(configurations, full, jobs, timeout_s):
+    def answer(configurations, full, jobs, timeout_s, memory):
         for key, c in configurations.items():
             large = c.tile.block_m == 128 and c.num_stages > 1
             narrow = c.tile.block_n < 512 and c.problem.layer == 1
