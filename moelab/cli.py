@@ -80,7 +80,7 @@ class _Interruptible(click.Group):
         try:
             return super().invoke(context)
         except KeyboardInterrupt as stopped:
-            click.echo(f"\n{stopped or 'interrupted'}", err=True)
+            click.echo(f"\n{str(stopped) or 'interrupted'}", err=True)
             raise SystemExit(130) from None
 
 

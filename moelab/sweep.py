@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -396,7 +397,7 @@ def compile_all(
             for key, question in questions.items():
                 log = Path(logs) / key
                 future = pool.schedule(
-                    _compile_one, args=[question, mode, log, cache], timeout=timeout_s
+                    _within, args=[timeout_s, _compile_one, question, mode, log, cache]
                 )
                 keys[future] = key
             for done in as_completed(keys):
@@ -447,14 +448,17 @@ def _outcome(
     except compiler.CompileError as error:
         status, words = "compile_error", words_of(str(error), log)
         no_memory = bool(_NO_MEMORY.search(str(error)))
-    except TimeoutError:
-        return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
     except ProcessExpired as died:
+        if died.exitcode == -signal.SIGALRM:
+            return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
         how = f"exit code {died.exitcode}"
         if died.exitcode is not None and died.exitcode < 0:
             how = signal.Signals(-died.exitcode).name
         words = words_of(f"the compiler's process died: {how}", log, died=True)
-        status, no_memory = "crashed", bool(_NO_MEMORY.search(_printed(log)))
+        printed = _printed(log)
+        if (no_room := os.strerror(errno.ENOSPC)) in printed:
+            raise OSError(errno.ENOSPC, no_room, tempfile.gettempdir()) from None
+        status, no_memory = "crashed", bool(_NO_MEMORY.search(printed))
     except Exception as error:
         if isinstance(error, OSError) and records.is_full(error):
             raise
@@ -511,6 +515,20 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _within(timeout_s: float, compile_one: Callable[..., Any], *arguments: Any) -> Any:
+    """Let the kernel end a worker that takes too long, whatever it is in.
+
+    The pool's own timeout reads the wall clock: set forward by an hour, it would end every
+    compile; set back, none.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        return compile_one(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _compile_one(
