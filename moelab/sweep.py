@@ -464,7 +464,8 @@ def _outcome(
             raise
         # Neither the kernel's fault nor worth the sweep: the row says what it was.
         status, words = "crashed", words_of(f"{type(error).__name__}: {error}", log)
-        no_memory = isinstance(error, MemoryError)
+        # Of Python, or of a `fork` for ptxas.
+        no_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
     if no_memory:
         status, words = "out_of_host_memory", f"needs more than {memory:,} bytes: {words}"
     return _stamped(status, words, target)
