@@ -4,6 +4,8 @@ PYTHON ?= python3
 # build brings none and leaves the newest that pyproject.toml allows.
 TORCH ?= torch==2.13.0
 VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+# Comparisons of shipped rows: moelab/data/regression_cases.csv says of which.
+CASES := two_stages_to_one most_stages_to_one two_stages_to_aware one_stage_to_aware equal_code
 # Small sizes: each access takes the sanitizer many times longer.
 MEMCHECK ?= pairs or partly_filled or chain or any_distribution or random or test_router
 BIN := .venv/bin
@@ -24,6 +26,9 @@ report: env
 	$(BIN)/moelab report 01_stage_sweep
 	$(BIN)/moelab report 02_lds_vs_throughput
 	$(BIN)/moelab report 05_kernels_and_peers
+	for case in $(CASES); do \
+	    $(BIN)/moelab report 06_regression_report -p case $$case --name 06_$$case || exit 1; \
+	done
 
 # The interpreter replaces the compiler when kernels are imported, so it needs a run of its own.
 test: env

@@ -44,19 +44,31 @@ def read(source: str | Path) -> pd.DataFrame:
         source: a store's folder, a .parquet export, or the name of a baseline: a .parquet in the
             folder ``$MOELAB_BASELINES``, or one that is shipped, such as ``h200_stage_sweep``.
             ``SOURCE@COLUMN=VALUE,...`` keeps the rows that have these values, as
-            ``rows.parquet@num_stages=1`` or ``rows@run=20261123T172410-cf936c``.
+            ``rows.parquet@num_stages=1`` or ``rows@run=20261123T172410-cf936c``;
+            ``@stages=POLICY`` those of a stage policy of `trade.under`, as ``@stages=most``.
+            Several sources are joined by ``" + "``.
     Raises:
         FileNotFoundError: there is nothing of that name.
         ValueError: a row is damaged, of a later schema, or of an earlier one among later ones
             without what those say; or there is none. The message names file and row.
     """
-    name, wanted = _parted(str(source))
+    sources = str(source).split(" + ")
+    if len(sources) == 1 or Path(source).exists():
+        return _read(str(source))
+    import pandas as pd
+
+    return pd.concat([_read(each.strip()) for each in sources], ignore_index=True)
+
+
+def _read(source: str) -> pd.DataFrame:
+    name, wanted = _parted(source)
     path = _located(name)
     for where, row in _rows_at(path):
         _check(where, row)
     rows = _frame(path)
     if rows.empty:
         raise ValueError(f"{path} is empty: no row to compare")
+    policy = wanted.pop("stages", None)
     for column, value in wanted.items():
         if column not in rows:
             raise ValueError(f"{source}: rows have no column {column!r}; see moelab.records")
@@ -66,7 +78,19 @@ def read(source: str | Path) -> pd.DataFrame:
             there = listed(map(inert, set(spelled)), 8)
             raise ValueError(f"{source}: no row has {column} {value!r}; there are {there}")
         rows = kept
-    return rows
+    return rows if policy is None else _under(source, rows, policy)
+
+
+def _under(source: str, rows: pd.DataFrame, policy: str) -> pd.DataFrame:
+    from . import trade
+
+    try:
+        kept = trade.under(rows, policy)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if kept.empty:
+        raise ValueError(f"{source}: no row has the stages of {policy!r}")
+    return kept
 
 
 def _frame(path: Path) -> pd.DataFrame:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .lds_map import Told
+    from .regress import Comparison
     from .specs import Question
 
 # Rows that are still read as a table; more are counted.
@@ -40,12 +41,29 @@ _triton = click.option(
     help="Another Triton, or a Python that has its own; several are set side by side.",
 )
 
+_markdown = click.option(
+    "--markdown",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a summary as GitHub shows it, to $GITHUB_STEP_SUMMARY for one.",
+)
+
 
 def _parquet(_context: Any, _parameter: Any, path: Path | None) -> Path | None:
     """Refuse an export's name before anything is compiled."""
     if path is not None and path.suffix != ".parquet":
         raise click.BadParameter(f"{path}: name it {path.with_suffix('.parquet')}")
     return path
+
+
+def _share(_context: Any, _parameter: Any, text: str) -> float:
+    """Read ``3%`` or ``0.03``."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise click.BadParameter(f"{text}: give a share such as 3% or 0.03")
+    return share
 
 
 def _bytes(_context: Any, _parameter: Any, text: str | None) -> int | None:
@@ -387,7 +405,11 @@ def _refuse_beside(option: str, *names: str) -> None:
 @app.command()
 @click.option("--workload", default="uniform", help="Routing: uniform, balanced, zipf, one_expert.")
 @click.option("--seed", default=0, help="Of inputs and routing.")
-@click.option("--rounds", default=12, help="Turns of all configurations of a problem.")
+@click.option(
+    "--rounds",
+    default=12,
+    help="Turns of all configurations of a problem; with --ab the most, 24 if not given.",
+)
 @click.option("--repetitions", default=10, help="Samples of each in a round.")
 @click.option(
     "--peers",
@@ -397,6 +419,19 @@ def _refuse_beside(option: str, *names: str) -> None:
     metavar="[NAMES]",
     help="Other people's kernels that take turns with ours; without names all.",
 )
+@click.option(
+    "--ab",
+    "sides",
+    multiple=True,
+    metavar="NAME=VALUE,...",
+    help="Given twice: base, then candidate. What a side changes of the grid: stages (or most, "
+    "most4, ...), tile, warps, group_m, triton, source; same: nothing.",
+)
+@click.option("--apart", is_flag=True, help="With --ab: each side in a process of its own.")
+@click.option(
+    "--threshold", default="3%", callback=_share, help="With --ab: slower by more is a regression."
+)
+@_markdown
 @_as_json
 def measure(
     workload: str,
@@ -404,6 +439,10 @@ def measure(
     rounds: int,
     repetitions: int,
     peers: str,
+    sides: tuple[str, ...],
+    apart: bool,
+    threshold: float,
+    markdown: Path | None,
     kernel: str,
     export: Path | None,
     store: Path,
@@ -421,24 +460,57 @@ def measure(
     as they are installed. They know no SwiGLU, bias or routing weights, so that ours leave
     them out too; each is timed alone, and with the gather, padding and scatter that ours do.
 
+    --ab asks whether a candidate is slower than a base. Every configuration of the grid is a
+    cell; both sides take turns in it until it is decided, for --rounds at most (if not given,
+    24). It ends as `moelab compare` does, which gives the same verdict of the rows:
+    rows@side=base against rows@side=candidate. Where Triton or source differ, each side has a
+    process of its own.
+
     \b
     Example:
       moelab measure --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" \\
         --tile 128x128x128,128x256x128 --warps 8 --stages 1,2,3,4 --export measured.parquet
+      moelab measure --kernel moe_gemm_a8w8 --layer all --m 512,8704 \\
+        --ab stages=1 --ab stages=most
+      moelab measure --kernel moe_gemm_a8w4 --ab source=../before --ab same
       moelab measure --kernel moe_gemm_a8w8 --tile 128x256x128+tma --warps 8 --stages 3 \\
         --fast-accum --peers torch,triton_kernels
     """
     from dataclasses import replace
 
-    from . import bench, measurements, plan, records
+    from . import bench, measurements, plan, records, regress
     from . import peers as others
 
-    with _wrong_use():
+    if sides:
+        _refuse_beside_ab(sides, peers)
+        same["stages"] = same["stages"] if _was_given("stages") else "2"
+    else:
+        for name in ("apart", "threshold", "markdown"):
+            if _was_given(name):
+                raise click.UsageError(f"--{name} is of --ab BASE --ab CANDIDATE; give these too")
+    with _wrong_use() if not sides else _wrong_use_or_nothing_measured():
         asked = plan.grid(
             kernels=kernel,
             targets=bench.gpu().target.name,
             **{_PLURAL.get(name, name): value for name, value in same.items()},
         )
+        if sides:
+            compared = _measured_ab(
+                asked,
+                sides,
+                store,
+                export,
+                markdown,
+                workload=workload,
+                seed=seed,
+                repetitions=repetitions,
+                threshold=threshold,
+                apart=apart,
+                jobs=jobs,
+                **({"rounds": rounds} if _was_given("rounds") else {}),
+            )
+            click.echo(regress.as_json(compared) if as_json else regress.text(compared))
+            raise SystemExit(compared.exit_code)
         if names := others.named(peers):
             asked = [replace(of, problem=others.plain(of.problem)) for of in asked]
             others.check(names, asked)
@@ -460,6 +532,62 @@ def measure(
         _print(measurements.table(rows))
         _remarks(rows)
     click.echo("\n" + measurements.tally(rows), err=as_json)
+
+
+def _was_given(name: str) -> bool:
+    """Say whether an option of the running command stands on its command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _refuse_beside_ab(sides: Sequence[str], peers: str) -> None:
+    if len(sides) != 2:
+        raise click.UsageError(
+            f"--ab is given {len(sides)} times; give it twice, for example --ab stages=1 "
+            "--ab stages=most"
+        )
+    if peers:
+        raise click.UsageError("--peers takes turns with one grid; leave it out with --ab")
+
+
+@contextlib.contextmanager
+def _wrong_use_or_nothing_measured() -> Iterator[None]:
+    """End with 2 whatever it is: 1 is a regression."""
+    try:
+        with _wrong_use():
+            yield
+    except click.UsageError:
+        raise
+    except click.ClickException as error:
+        raise click.UsageError(error.message) from None
+
+
+def _measured_ab(
+    asked: Sequence[Any],
+    sides: Sequence[str],
+    store: Path,
+    export: Path | None,
+    markdown: Path | None,
+    **how: Any,
+) -> Comparison:
+    """Measure two sides, keep what was asked for, and compare them."""
+    from . import ab, records, regress
+
+    _check_markdown(markdown)
+    base, candidate = map(ab.Side.parse, sides)
+    rows = ab.measure(asked, base, candidate, store, **how)
+    if export is not None:
+        records.export(rows, export)
+    compared = ab.judged(rows, how["threshold"])
+    if markdown is not None:
+        markdown.write_text(regress.markdown(compared), encoding="utf-8")
+    return compared
+
+
+def _check_markdown(markdown: Path | None) -> None:
+    """Refuse a summary's name that is one of rows."""
+    if markdown is not None and markdown.suffix in (".parquet", ".jsonl"):
+        raise ValueError(f"--markdown {markdown}: name it {markdown.with_suffix('.md')}")
 
 
 @app.command()
@@ -653,7 +781,8 @@ def lds(
 @click.option(
     "--out", default="reports", type=click.Path(path_type=Path), help="Folder for the report."
 )
-def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path) -> None:
+@click.option("--name", default="", help="Of its files; if not given, the notebook's.")
+def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path, name: str) -> None:
     """Run a notebook and render it as one HTML file that opens offline.
 
     \b
@@ -664,7 +793,8 @@ def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path) ->
     from .parameters import ParameterError
 
     try:
-        html = report_.render(notebook, {name: _value(text) for name, text in parameters}, out)
+        values = {parameter: _value(text) for parameter, text in parameters}
+        html = report_.render(notebook, values, out, name=name)
     except (ParameterError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from None
     except report_.ReportError as error:
@@ -925,37 +1055,32 @@ def export(
             click.echo(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)
 
 
-def _share(_context: Any, _parameter: Any, text: str) -> float:
-    """Read ``3%`` or ``0.03``."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise click.BadParameter(f"{text}: give a share such as 3% or 0.03")
-    return share
-
-
 @app.command()
 @click.argument("baseline")
 @click.argument("candidate")
 @click.option("--threshold", default="3%", callback=_share, help="Slower by more is a regression.")
+@_markdown
 @click.option(
-    "--markdown",
+    "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a summary as GitHub shows it, to $GITHUB_STEP_SUMMARY for one.",
+    help="Write a report as one file that opens offline.",
 )
 @_as_json
 def compare(
-    baseline: str, candidate: str, threshold: float, markdown: Path | None, as_json: bool
+    baseline: str,
+    candidate: str,
+    threshold: float,
+    markdown: Path | None,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """Say what regressed between two sets of rows: fit, resources, speed.
 
     Each is a store's folder, a .parquet export, or a baseline's name: a file in
     $MOELAB_BASELINES, or shipped, such as h200_stage_sweep. SOURCE@COLUMN=VALUE,... takes some
-    of its rows. Cells are matched by kernel, problem and target, and by what else tells rows
-    apart. Speed is judged where both sides took turns in one run; another run's times are
-    listed, and prove nothing.
+    of its rows, SOURCE@stages=most of each tile those with the most stages that fit. Cells are
+    matched by kernel, problem and target, and by what else tells rows apart. Speed is judged where
+    both sides took turns in one run; another run's times are listed, and prove nothing.
 
     Ends with 0 where nothing regressed, 1 where something did, 2 after wrong use or where a row
     is damaged, 3 where nothing regressed but something is inconclusive.
@@ -964,18 +1089,24 @@ def compare(
     Example:
       moelab compare before.parquet after.parquet --markdown summary.md
       moelab compare h200_stage_sweep@num_stages=1 h200_stage_sweep@num_stages=3
+      moelab compare before.parquet after.parquet --html report.html
     """
     from . import baselines, regress
+    from . import report as report_
 
     try:
-        if markdown is not None and markdown.suffix in (".parquet", ".jsonl"):
-            raise ValueError(f"--markdown {markdown}: name it {markdown.with_suffix('.md')}")
+        _check_markdown(markdown)
+        if html is not None:
+            report_.require_report_or_nothing(html)
         compared = regress.compare(
             baselines.read(baseline), baselines.read(candidate), threshold=threshold
         )
+        if html is not None:
+            given = {"baseline": baseline, "candidate": candidate, "threshold": threshold}
+            report_.render_to("06_regression_report", given, html)
         if markdown is not None:
             markdown.write_text(regress.markdown(compared), encoding="utf-8")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, report_.ReportError) as error:
         raise click.UsageError(baselines.inert(error, most=2000)) from None
     click.echo(regress.as_json(compared) if as_json else regress.text(compared))
     raise SystemExit(compared.exit_code)

@@ -13,19 +13,21 @@ R - 1 degrees of freedom:
 Small is 0.05 / 3: whoever measures may look after 6, 12 and 24 rounds, and go on with the cells
 that are still undecided. Fewer rounds decide nothing.
 
-What that assumes, and what a sweep of one H200 says to it (940 configurations, 6 rounds of
-2 repetitions or 8 of 4, `noise(records.read(trade.SHIPPED))`; neighbours of a problem are a pair):
+What that assumes, and what 208 pairs of equal code on one H200 say to it (6 rounds of 5
+repetitions; `noise(baselines.read("h200_equal_code"))`):
 
-- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.14, where
-  as many independent rounds would give -0.16, for their mean is taken off. A pair's d_r spreads
-  by 0.36% (standard deviation, median over pairs), a tenth of pairs by more than 1.94%.
-- Medians leave outliers out. The first repetition of a turn is none: it is slower by 0.0% in the
-  median, and more than 3% off in 2% of turns.
+- Rounds are independent and d_r about normal: the lag-1 autocorrelation of d_r is -0.15, where
+  as many independent rounds would give -0.17, for their mean is taken off. A pair's d_r spreads
+  by 0.21% (standard deviation, median over pairs), a tenth of pairs by more than 0.52%.
+- Medians leave outliers out: the first repetition of a turn is slower by 0.0% in the median, but
+  more than 3% off in 9% of turns.
 - What drifts meets both sides: they took turns in the same run. Another run's time is off by
   up to 1.9% for the same build (`benchmarks/same_build.py`), which no threshold tells
   apart from a slowdown.
 - Nothing shifts one side for a whole run, where its tensors lie in memory, say: no number of
-  rounds shows it. Only another run does.
+  rounds shows it. Sides that `moelab.ab` can launch in one process share their tensors; others
+  have processes of their own in each round, so that such shifts are noise of the rounds. With
+  the same two processes in every round, one pair of equal code in 40 differed by 4.8%.
 - Cells that share a baseline's rounds depend on each other positively, which leaves the control
   of false discoveries as it is (Benjamini and Yekutieli, Annals of Statistics 29, 2001).
 - The events that keep time tick every 0.032 us, so that se is no less than what that rounds off.
@@ -98,6 +100,45 @@ def judge(
     spread = np.sqrt((off**2).sum(axis=1) / np.maximum(rounds - 1, 1))
     error = np.maximum(spread / np.sqrt(np.maximum(rounds, 1)), floor)
     return _answered(mean, error, rounds - 1.0, rounds, threshold).assign(spread=spread)
+
+
+def judge_paired(
+    sides: Sequence[Sequence[np.ndarray]], threshold: float = THRESHOLD
+) -> pd.DataFrame:
+    """Judge times of rounds in which both sides took turns.
+
+    Args:
+        sides: of each cell the baseline's `medians` and the candidate's, round by round; what
+            only one has at the end is left out.
+    Returns:
+        as `judge`.
+    """
+    import numpy as np
+
+    rounds = [min(map(len, cell)) for cell in sides]
+    differences = np.full((len(sides), max(rounds, default=0)), np.nan)
+    for cell, (baseline, candidate) in enumerate(sides):
+        together = rounds[cell]
+        differences[cell, :together] = candidate[:together] - baseline[:together]
+    # Two uniform errors of a tick, that no number of rounds takes away.
+    least = [min(np.median(side) for side in cell) for cell in sides]
+    return judge(differences, TICK_US / math.sqrt(6) / np.exp(least), threshold)
+
+
+def looks(rounds: int) -> tuple[int, ...]:
+    """Tell after how many rounds one may look, if there are to be no more than so many.
+
+    The error is spent on as many looks as `LOOKS` has; where the last one lies doesn't matter.
+
+    Raises:
+        ValueError: fewer rounds than decide anything.
+
+    >>> looks(24), looks(8), looks(100)
+    ((6, 12, 24), (6, 8), (6, 12, 100))
+    """
+    if rounds < LOOKS[0]:
+        raise ValueError(f"rounds = {rounds}: give {LOOKS[0]} or more, fewer decide nothing")
+    return (*(look for look in LOOKS[:-1] if look < rounds), rounds)
 
 
 def _answered(
@@ -204,7 +245,7 @@ def rounds_needed(
 def noise(rows: pd.DataFrame) -> pd.Series:
     """Measure the noise of measured rows: what a threshold has to clear on that device.
 
-    Two neighbours of the same problem and run are a pair.
+    Two neighbours of the same problem and run are a pair; of A/B runs, the two sides of a cell.
 
     Returns:
         ``pairs``; ``spread`` of a pair's d_r, the median and the 90th percentile over pairs;
@@ -221,11 +262,13 @@ def noise(rows: pd.DataFrame) -> pd.Series:
     samples = {index: json.loads(text) for index, text in timed["samples_us"].items()}
     middle = {index: medians(text) for index, text in timed["samples_us"].items()}
     together = timed.groupby([*_TOGETHER], sort=False, dropna=False)
-    pairs = [
-        middle[second] - middle[first]
-        for _, of_problem in together
-        for first, second in itertools.pairwise(of_problem.index)
-    ]
+    sides = timed["side"].fillna("").to_dict()
+    pairs = []
+    for _, of_problem in together:
+        for first, second in itertools.pairwise(of_problem.index):
+            if (sides[first], sides[second]) in (("", ""), ("base", "candidate")):
+                rounds = min(len(middle[first]), len(middle[second]))
+                pairs.append(middle[second][:rounds] - middle[first][:rounds])
     if not pairs:
         raise ValueError("no two rows of one problem and run have samples")
     off = [pair - pair.mean() for pair in pairs]

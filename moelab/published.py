@@ -14,8 +14,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import problems, records, tables
-from .specs import Configuration, Tile
+from . import problems, records, tables, trade
+from .specs import Configuration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,11 @@ POLICY = problems.FIRST_FIX
 CURVE = ["kernel", "model", "tp"]
 CELL = [*CURVE, "m"]
 PUBLISHED = "published TFLOP/s"
+# What a figure depends on beside its cell and layer.
+_LAUNCH = [
+    *("target", "block_m", "block_n", "block_k", "split_k", "group_m"),
+    *("num_warps", "num_stages", "async_copy"),
+]
 
 
 def throughputs() -> pd.DataFrame:
@@ -75,13 +80,25 @@ def launches(policy: str = POLICY) -> pd.DataFrame:
     """
     if policy not in problems.POLICIES:
         raise ValueError(f"no policy {policy!r}; there are {', '.join(problems.POLICIES)}")
-    rows = tables.labelled(records.read(LAUNCHES))
-    ruled = [
-        problems.ruled_stages(policy, row.kernel, row.target, Tile.parse(row.tile))
-        for row in rows.itertuples()
-    ]
-    rows = rows[rows["num_stages"] == ruled]
+    rows = trade.under(tables.labelled(records.read(LAUNCHES)), policy)
     return rows.merge(throughputs().rename(columns={"tflops": PUBLISHED}), on=CELL)
+
+
+def figures(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the launches with which the table was taken, with its `PUBLISHED` throughput.
+
+    Both launches of a cell are there or neither, for its figure is of both.
+
+    Args:
+        rows: of any source; what has another tile, stage count or target, or async copy off,
+            has no figure.
+    """
+    said = ["layer", *_LAUNCH]
+    of_table = launches()[[*CELL, *said, PUBLISHED]]
+    ours = rows[rows["peer"].isna() & (rows["status"] == "ok")]
+    ours = ours.drop_duplicates([*CELL, *said], keep="last")
+    found = tables.labelled(ours).merge(of_table, on=[*CELL, *said])
+    return found[found.groupby(CELL)["layer"].transform("nunique") == len(problems.LAYERS)]
 
 
 def configurations(rows: pd.DataFrame, deeper: pd.DataFrame) -> pd.DataFrame:

@@ -58,6 +58,7 @@ _SINCE: dict[int, dict[str, Any]] = {
         "specialized": False,
         **dict.fromkeys(("peer", "includes", "both_layers_us", "throttled")),
     },
+    6: {"side": None},
 }
 
 # Every column, in order, with its pandas type. Nullable types: a missing figure is
@@ -103,6 +104,7 @@ COLUMNS = {
     "gpu": "string",  # name of the device; here and below missing unless mode is measured
     "workload": "string",  # routing: which experts tokens visit, and the seed
     "run": "string",  # one call's, whose rows were interleaved
+    "side": "string",  # of `moelab measure --ab`: base or candidate; missing otherwise
     "peer": "string",  # whose kernel it is, if not ours: it has no tile
     "includes": "string",  # what of gather, padding and scatter a peer's time includes
     "status": "string",  # one of STATUSES

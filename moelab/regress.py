@@ -44,10 +44,13 @@ _CELL = (*_PROBLEM, "peer", "includes")
 _SETTINGS = (
     *("block_m", "block_n", "block_k", "split_k"),
     *("group_m", "tma", "tails", "persistent", "specialized"),
-    *("num_warps", "async_copy", "num_stages", "triton", "gpu", "workload"),
+    *("num_warps", "async_copy", "num_stages", "triton", "gpu", "workload", "side"),
 )
 
 _PROVENANCE = ("run", "moelab")
+
+# Clocks are apart where the median cell's differ by more than this share.
+CLOCKS_APART = 0.01
 
 # How much a mode asks: what only the deeper of two tells, the other's `ok` does not deny.
 _DEPTH = {"lds": 0, "map": 0, "full": 1, "measured": 2}
@@ -78,6 +81,8 @@ class Comparison:
             ``ratio_low`` to ``ratio_high``, ``rounds``, ``spread`` (standard deviation of d_r),
             ``how`` the times were set beside each other, ``rounds_needed`` by what is
             inconclusive; ``what`` changed in words; and ``verdict``.
+        rows: what both sides said of each cell, in the same order: columns as `records` has them,
+            but for ``matched_by`` with ``" b"`` (the baseline's) or ``" c"`` behind.
         only_baseline, only_candidate: rows of cells that the other side lacks.
         matched_by: the columns that told cells apart.
         differs: what else differs between the sides, ``{column: (baseline's, candidate's)}``.
@@ -85,6 +90,7 @@ class Comparison:
     """
 
     cells: pd.DataFrame
+    rows: pd.DataFrame
     only_baseline: pd.DataFrame
     only_candidate: pd.DataFrame
     matched_by: tuple[str, ...]
@@ -110,7 +116,8 @@ def compare(
 
     A cell is a kernel, its problem and target. Where a side has several rows of one, tile, ways,
     warps, async copy, stages, Triton, GPU and routing tell them apart, in this order and as
-    far as is needed: what tells no two rows of a side apart is what may be compared.
+    far as is needed: what tells no two rows of a side apart is what may be compared. The sides
+    of A/B runs (`moelab.ab`) are compared run by run.
 
     Args:
         baseline, candidate: rows as `records.read` or `baselines.read` gives them.
@@ -121,11 +128,14 @@ def compare(
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold {threshold:g}: give a fraction between 0 and 1, such as 0.03")
-    sides = [
-        _one_each(side, set(other["run"].dropna()))
-        for side, other in ((baseline, candidate), (candidate, baseline))
-    ]
-    by = list(_CELL)
+    sides = [baseline, candidate]
+    by = [*_CELL, "run"]
+    if not _are_ab(*sides):
+        sides = [
+            _one_each(side, set(other["run"].dropna()))
+            for side, other in ((baseline, candidate), (candidate, baseline))
+        ]
+        by = [*_CELL]
     for name in _SETTINGS:
         crowded = [side for side in sides if side.duplicated(by).any()]
         if not crowded:
@@ -133,11 +143,11 @@ def compare(
         if any(_tells_apart(side, by, name) for side in crowded):
             by.append(name)
     paired = sides[0].merge(
-        sides[1], on=by, how="outer", suffixes=(" b", " c"), indicator="side", sort=False
+        sides[1], on=by, how="outer", suffixes=(" b", " c"), indicator="_in", sort=False
     )
-    both = paired[paired["side"] == "both"].drop(columns="side").reset_index(drop=True)
+    both = paired[paired["_in"] == "both"].drop(columns="_in").reset_index(drop=True)
     only_baseline, only_candidate = (
-        tables.labelled(side.merge(paired.loc[paired["side"] == where, by], on=by, sort=False))
+        tables.labelled(side.merge(paired.loc[paired["_in"] == where, by], on=by, sort=False))
         for side, where in zip(sides, ("left_only", "right_only"), strict=True)
     )
     if both.empty:
@@ -153,10 +163,25 @@ def compare(
         ["verdict", "ratio"],
         key=lambda c: c.map(ANSWERS.index) if c.name == "verdict" else -c.astype(float),
         kind="stable",
-        ignore_index=True,
     )
     return Comparison(
-        cells, only_baseline, only_candidate, tuple(by), _differs(both, by), threshold
+        cells.reset_index(drop=True),
+        both.loc[cells.index].reset_index(drop=True),
+        only_baseline,
+        only_candidate,
+        tuple(by),
+        _differs(both, by),
+        threshold,
+    )
+
+
+def _are_ab(baseline: pd.DataFrame, candidate: pd.DataFrame) -> bool:
+    """Say whether rows are the two sides of A/B runs, each of which has one row of a question."""
+    return bool(
+        baseline["side"].notna().all()
+        and candidate["side"].notna().all()
+        and baseline["side"].nunique() == candidate["side"].nunique() == 1
+        and set(baseline["run"]) & set(candidate["run"])
     )
 
 
@@ -170,7 +195,9 @@ def _told_of_each(
         resources: str | None = None
         if fit not in ("regressed", "inconclusive"):
             decided = time["how"] == PAIRED and time["speed"] != "inconclusive"
-            resources, *more = _resources(row, decided)
+            # What can't be launched takes nothing that another could take more of.
+            launched = row["status b"] == row["status c"] == "ok"
+            resources, *more = _resources(row, decided or not launched)
             texts += more
         texts += _in_words(time)
         answers = (fit, resources, time["speed"])
@@ -183,7 +210,7 @@ def _told_of_each(
 
 def _of_baseline(both: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Take the baseline's settings where both sides' stand beside each other."""
-    names = [*_CELL, *_SETTINGS]
+    names = [*dict.fromkeys([*_CELL, *_SETTINGS, *by])]
     return both[[name if name in by else f"{name} b" for name in names]].set_axis(names, axis=1)
 
 
@@ -255,7 +282,7 @@ def _resources(row: Mapping[str, Any], decided: bool) -> tuple[str, ...]:
     """Say what a cell takes more or less of, and in words.
 
     Args:
-        decided: its speed was judged, which says what they cost.
+        decided: its speed was judged, which says what they cost, or a side is not launched.
     """
     answers, texts = {"passed"}, []
     for name in RESOURCES:
@@ -284,11 +311,11 @@ def _in_words(time: Mapping[str, Any]) -> list[str]:
     if _missing(time["ratio_low"]):
         return [f"time x{time['ratio']:.3f} ({time['how']})"]
     between = f"{time['ratio_low']:.3f} to {time['ratio_high']:.3f}"
-    said = f"time x{time['ratio']:.3f} ({between}, {time['rounds']} rounds, {time['how']})"
+    said = f"time x{time['ratio']:.3f} ({between}, {time['rounds']:.0f} rounds, {time['how']})"
     if time["how"] != PAIRED or time["speed"] != "inconclusive":
         return [said]
     needed = time["rounds_needed"]
-    rounds = "more than 1000" if needed is None else f"about {needed}"
+    rounds = "more than 1000" if needed is None else f"about {needed:.0f}"
     return [f"{said}; {rounds} rounds would decide it if it goes on so"]
 
 
@@ -300,11 +327,10 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
 
     Cells whose sides took turns and those that did not are families of their own.
     """
-    import numpy as np
     import pandas as pd
 
     told: dict[int, dict[str, Any]] = {}
-    paired: list[tuple[int, np.ndarray, float]] = []
+    paired: list[tuple[int, np.ndarray, np.ndarray]] = []
     apart: list[tuple[int, np.ndarray, np.ndarray]] = []
     for at, row in enumerate(both.to_dict("records")):
         times = [row[f"time_us {side}"] for side in "bc"]
@@ -315,18 +341,11 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
             told[at] = {"how": SINGLE, "ratio": times[1] / times[0], "speed": "inconclusive"}
             continue
         medians = [paired_rounds.medians(text) for text in samples]
-        if not _missing(row["run b"]) and row["run b"] == row["run c"]:
-            rounds = min(map(len, medians))
-            # Two uniform errors of a tick, that no number of rounds takes away.
-            floor = paired_rounds.TICK_US / math.sqrt(6) / min(times)
-            paired.append((at, medians[1][:rounds] - medians[0][:rounds], floor))
-        else:
-            apart.append((at, medians[0], medians[1]))
+        runs = [_one(row, "run", side) for side in "bc"]
+        together = runs[0] is not None and runs[0] == runs[1]
+        (paired if together else apart).append((at, medians[0], medians[1]))
     if paired:
-        matrix = np.full((len(paired), max(len(d) for _, d, _ in paired)), np.nan)
-        for place, (_, differences, _) in enumerate(paired):
-            matrix[place, : len(differences)] = differences
-        judged = paired_rounds.judge(matrix, np.array([floor for *_, floor in paired]), threshold)
+        judged = paired_rounds.judge_paired([sides for _, *sides in paired], threshold)
         for (at, *_), cell in zip(paired, judged.to_dict("records"), strict=True):
             answer = cell.pop("answer")
             cell |= {"how": PAIRED, "speed": answer}
@@ -359,7 +378,7 @@ def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]
     """Tell what differs between the sides, of settings and of what made the rows."""
     values: dict[str, list[set[str]]] = {}
     for name in (*_SETTINGS, *_PROVENANCE):
-        if name not in by:
+        if name not in (*by, "side"):
             values[name] = [set(both[f"{name} {s}"].dropna().astype(str)) for s in "bc"]
     for side, suffix in enumerate("bc"):
         for text in both[f"made_by {suffix}"].dropna().unique():
@@ -371,7 +390,24 @@ def _differs(both: pd.DataFrame, by: Sequence[str]) -> dict[str, tuple[str, str]
         name: (listed(sides[0]), listed(sides[1]))
         for name, sides in values.items()
         if sides[0] != sides[1]
-    }
+    } | _clocks(both)
+
+
+def _clocks(both: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Tell the sides' clocks where they are apart, and what held one side's down alone."""
+    told = {}
+    mhz = [both[f"clock_mhz {side}"] for side in "bc"]
+    apart = (mhz[1] / mhz[0] - 1).abs().median()
+    if not _missing(apart) and apart > CLOCKS_APART:
+        medians = [f"{of_side[mhz[0].notna() & mhz[1].notna()].median():.0f}" for of_side in mhz]
+        told["clock_mhz"] = (medians[0], medians[1])
+    held = [
+        {why for text in both[f"throttled {side}"].dropna() for why in text.split(",") if why}
+        for side in "bc"
+    ]
+    if held[0] != held[1]:
+        told["throttled"] = (listed(held[0]), listed(held[1]))
+    return told
 
 
 # What is said of a comparison.
@@ -474,17 +510,17 @@ def table(comparison: Comparison) -> pd.DataFrame:
     """
     cells = comparison.cells
     moved = cells[cells["verdict"] != "passed"]
-    return moved[["verdict", *_telling(comparison), "what"]].reset_index(drop=True)
+    return moved[["verdict", *telling(comparison), "what"]].reset_index(drop=True)
 
 
 _NAMES = (
     *("kernel", "model", "target", "layer", "tp", "m", "x_format", "y_format", "scale_layout"),
     *("fast_accum", "args", "peer", "includes", "tile", "num_warps", "async_copy", "num_stages"),
-    *("triton", "gpu", "workload"),
+    *("triton", "gpu", "workload", "run"),
 )
 
 
-def _telling(comparison: Comparison) -> list[str]:
+def telling(comparison: Comparison) -> list[str]:
     """Name the columns that tell cells apart to a reader, those of one side alone too."""
     sides = (comparison.cells, comparison.only_baseline, comparison.only_candidate)
 
@@ -539,7 +575,7 @@ def _one_sided(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
         ("candidate", comparison.only_candidate),
     ):
         if len(rows):
-            yield f"Only in the {side}: {len(rows)}", rows[[*_telling(comparison), "status"]]
+            yield f"Only in the {side}: {len(rows)}", rows[[*telling(comparison), "status"]]
 
 
 def _markdown_table(rows: pd.DataFrame) -> list[str]:

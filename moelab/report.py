@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def render(
     parameters: Mapping[str, object],
     out_dir: Path,
     *,
+    name: str = "",
     progress: bool = True,
 ) -> Path:
     """Run a notebook and render its report.
@@ -50,7 +52,8 @@ def render(
         notebook: a path, or a bare name that `available` lists.
         parameters: values of the notebook's parameters, by name: None, bool,
             int, float, str, Path, or list, tuple and dict of these.
-        out_dir: folder of ``<stem>.ipynb`` (executed) and ``<stem>.html``.
+        out_dir: folder of ``<name>.ipynb`` (executed) and ``<name>.html``.
+        name: of both files; if empty, the notebook's stem.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -65,7 +68,8 @@ def render(
     source = find(notebook)
     values = _checked(source, parameters)
     out_dir = Path(out_dir)
-    executed, html = out_dir / f"{source.stem}.ipynb", out_dir / f"{source.stem}.html"
+    name = name or source.stem
+    executed, html = out_dir / f"{name}.ipynb", out_dir / f"{name}.html"
     if executed.resolve() == source.resolve():
         raise ReportError(f"{executed} is the notebook itself; pass another out_dir")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -103,6 +107,65 @@ def render(
     finally:
         log.setLevel(level)
     return to_html(executed, html)
+
+
+def render_to(notebook: str | Path, parameters: Mapping[str, object], html: Path) -> Path:
+    """Run a notebook and put its report, whole or not at all, in one file.
+
+    Args:
+        notebook, parameters: as of `render`.
+        html: the file to write; a report that is there is replaced, nothing else is.
+
+    Returns:
+        ``html``.
+
+    Raises:
+        ValueError: as of `require_report_or_nothing`.
+        OSError: the file can't be written.
+        FileNotFoundError, ParameterError, ReportError: as `render`; nothing is written.
+    """
+    require_report_or_nothing(html)
+    # Beside the file, so that it takes its place in one step; and nobody waits for a report
+    # that can't be written.
+    with tempfile.TemporaryDirectory(prefix=f".{html.stem}", dir=html.parent) as folder:
+        try:
+            made = render(notebook, parameters, Path(folder), name="report", progress=False)
+        except ReportError as error:
+            # What ran before goes with the folder.
+            raise ReportError(str(error).splitlines()[0]) from None
+        made.replace(html)
+    return html
+
+
+def require_report_or_nothing(html: Path) -> None:
+    """Refuse a file that a report must not replace.
+
+    Raises:
+        ValueError: its name is no page's, its folder is not there, or what is there is no
+            report of moelab.
+    """
+    if html.suffix not in (".html", ".htm"):
+        raise ValueError(f"{html}: a report is a page; name it {html.with_suffix('.html')}")
+    if not html.parent.is_dir():
+        raise ValueError(f"{html}: there is no folder {html.parent}; make it first")
+    if html.exists() and not _is_report(html):
+        raise ValueError(f"{html}: is there and is no report of moelab; choose another name")
+
+
+def _is_report(path: Path) -> bool:
+    """Say whether a file is one of `to_html`, by the line in its head that says so."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return (
+        re.search(
+            rb'<meta [^>]*content="moelab"[^>]*name="generator"|'
+            rb'<meta [^>]*name="generator"[^>]*content="moelab"',
+            head,
+        )
+        is not None
+    )
 
 
 def to_html(executed_ipynb: Path, html: Path) -> Path:

@@ -491,13 +491,14 @@ def words_of(message: str, log: Path, died: bool = False) -> str:
     return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 3] + "..."
 
 
-def _start_worker(parent: int, memory: int) -> None:
+def _start_worker(parent: int, memory: int | None = None) -> None:
     """Leave interrupts to the parent, die with it, and take no more memory than is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(parent)
     subprocess.Popen = _Attached  # type: ignore[misc]
-    # What a process may write to: RLIMIT_AS counts libraries and reserved addresses, too.
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    if memory is not None:
+        # What a process may write to: RLIMIT_AS counts libraries and reserved addresses, too.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
 class _Attached(subprocess.Popen[Any]):

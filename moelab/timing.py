@@ -14,8 +14,9 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import sensors
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Launch = Callable[[], Any]
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 # Several times the L2 of every target (H200: 50 MiB, MI355X: 256 MiB with its cache).
 _FLUSH_BYTES = 2**30
@@ -57,10 +59,124 @@ class ContextLost(MeasureError):
         self.of, self.row = of, row
 
 
+class LaunchFailed(MeasureError):
+    """A launch failed, and others may still go on.
+
+    Args:
+        row: what its row says.
+    """
+
+    def __init__(self, row: dict[str, Any]):
+        super().__init__(row["reason"])
+        self.row = row
+
+
+class Turns(Generic[K]):
+    """Launches of this process, each timed when it is called.
+
+    Every method raises `LaunchFailed` where the launch fails, and `ContextLost` where nothing
+    can be launched any more.
+    """
+
+    def __init__(self, launches: Mapping[K, Launch]):
+        self._launches = launches
+        self._heads: dict[K, int] = {}
+
+    def start(self, of: K) -> None:
+        """Load its code, and learn how long the CPU takes to have it ready."""
+        self._heads[of] = self._tried(of, lambda: _flushes(self._launches[of]))
+
+    def settle(self, of: K, alike: int, most: int) -> None:
+        """Launch it until its time has settled; see `_settle`."""
+        self._tried(of, lambda: _settle(self._launches[of], self._heads[of], alike, most))
+
+    def sample(self, of: K, repetitions: int) -> tuple[list[float], sensors.Reading]:
+        """Time it, in microseconds, and look at the device meanwhile."""
+        seen: list[sensors.Reading] = []
+        taken = self._tried(
+            of,
+            lambda: _samples(
+                self._launches[of],
+                self._heads[of],
+                repetitions,
+                lambda: seen.append(sensors.read()),
+            ),
+        )
+        return [round(us, 2) for us in taken], seen[0]
+
+    def _tried(self, of: K, turn: Callable[[], T]) -> T:
+        try:
+            return turn()
+        except Exception as error:
+            raise LaunchFailed(failure(error, of)) from error
+
+
+@dataclass
+class Taken:
+    """What a launch's turns gave.
+
+    Args:
+        samples: microseconds, a list for each round.
+        readings: of the device, one for each round.
+        failed: what its row says, if it failed.
+    """
+
+    samples: list[list[float]] = field(default_factory=list)
+    readings: list[sensors.Reading] = field(default_factory=list)
+    failed: dict[str, Any] | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What the row gains: samples by round, their `interval` and how the device was."""
+        if self.failed is not None:
+            return self.failed
+        said = {"samples_us": json.dumps(self.samples)}
+        return said | interval(self.samples) | _state(self.readings)
+
+
+def rounds_of(
+    turns: Any, launches: Iterable[K], rounds: int, repetitions: int, order: random.Random
+) -> dict[K, Taken]:
+    """Let launches take turns, wherever they run.
+
+    Args:
+        turns: whoever launches, with the methods of `Turns`.
+        rounds, repetitions: samples of each are ``rounds x repetitions``.
+        order: of the turns.
+    Raises:
+        ContextLost: nothing can be launched any more.
+    """
+    taken = {of: Taken() for of in launches}
+
+    def take_turns(turn: Callable[[K], None]) -> None:
+        left = [of for of in taken if taken[of].failed is None]
+        order.shuffle(left)
+        for of in left:
+            try:
+                turn(of)
+            except LaunchFailed as error:
+                taken[of].failed = error.row
+
+    def sample(of: K) -> None:
+        us, reading = turns.sample(of, repetitions)
+        taken[of].samples.append(us)
+        taken[of].readings.append(reading)
+
+    # One launch brings the clocks to where the work holds them. The others have their code
+    # and their y to load.
+    first = next(iter(taken), None)
+    take_turns(turns.start)
+    take_turns(lambda of: turns.settle(of, 4, 40) if of == first else None)
+    take_turns(lambda of: turns.settle(of, 2, 4))
+    for _ in range(rounds):
+        take_turns(sample)
+    return taken
+
+
 def in_turns(
     launches: Mapping[K, Launch], rounds: int, repetitions: int, order: random.Random
 ) -> dict[K, dict[str, Any]]:
-    """Time launches in turns.
+    """Time launches of this process in turns.
 
     Args:
         rounds, repetitions: samples are ``rounds x repetitions``, with 2 rounds or more.
@@ -71,43 +187,8 @@ def in_turns(
     Raises:
         ContextLost: nothing can be launched any more.
     """
-    samples: dict[K, list[list[float]]] = {of: [] for of in launches}
-    readings: dict[K, list[sensors.Reading]] = {of: [] for of in launches}
-    failed: dict[K, dict[str, Any]] = {}
-
-    def take_turns(turn: Callable[[K], None]) -> None:
-        turns = [of for of in launches if of not in failed]
-        order.shuffle(turns)
-        for of in turns:
-            try:
-                turn(of)
-            except Exception as error:
-                failed[of] = failure(error, of)
-
-    def sample(of: K) -> None:
-        taken = _samples(
-            launches[of], heads[of], repetitions, lambda: readings[of].append(sensors.read())
-        )
-        samples[of].append([round(us, 2) for us in taken])
-
-    heads: dict[K, int] = {}
-
-    def head_start(of: K) -> None:
-        heads[of] = _flushes(launches[of])
-
-    # One launch brings the clocks to where the work holds them. The others have their code
-    # and their y to load.
-    first = next(iter(launches), None)
-    take_turns(head_start)
-    take_turns(lambda of: _settle(launches[of], heads[of], 4, 40) if of == first else None)
-    take_turns(lambda of: _settle(launches[of], heads[of], 2, 4))
-    for _ in range(rounds):
-        take_turns(sample)
-    return {
-        of: failed.get(of)
-        or {"samples_us": json.dumps(samples[of])} | interval(samples[of]) | _state(readings[of])
-        for of in launches
-    }
+    taken = rounds_of(Turns(launches), launches, rounds, repetitions, order)
+    return {of: turns.row for of, turns in taken.items()}
 
 
 def failure(error: Exception, of: Hashable) -> dict[str, Any]:
@@ -213,7 +294,10 @@ def interval(samples: Sequence[Sequence[float]]) -> dict[str, float]:
     from scipy import stats
 
     medians = np.log([statistics.median(of_round) for of_round in samples])
-    margin = stats.t.ppf(0.975, len(medians) - 1) * stats.sem(medians)
+    # One round says nothing of the spread.
+    margin = math.nan
+    if len(medians) > 1:
+        margin = stats.t.ppf(0.975, len(medians) - 1) * stats.sem(medians)
     middle = float(medians.mean())
     return {
         "time_us": float(np.exp(np.median(medians))),

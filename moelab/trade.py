@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import measurements, records, tables
+from . import measurements, problems, records, tables
 from .parameters import ParameterError, as_list
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ KIND = CURVE[:3]
 _ALIKE = ["gpu", "triton", "run", "workload", "x_format", "y_format"]
 _PROBLEM = [*_ALIKE, *CURVE, "m"]
 TILING = [*_PROBLEM, "tile", "num_warps"]
+
+# Of a policy of `under` that asks for what fits; a number behind it is the most stages.
+MOST = "most"
 
 # A notebook's parameters that say which rows.
 PARAMETERS = ("rows_path", "kernels", "models", "layers", "tp")
@@ -94,6 +97,40 @@ def at(rows: pd.DataFrame, m: int) -> pd.DataFrame:
     if m not in known:
         raise ParameterError(f"m: no row has {m} tokens; there are {', '.join(map(str, known))}")
     return rows[rows["m"] == m]
+
+
+def under(rows: pd.DataFrame, policy: str) -> pd.DataFrame:
+    """Keep of each problem and tile the stage count that a policy chooses.
+
+    Args:
+        rows: with and without `tables.labelled`; what has no stages is left out.
+        policy: ``most``, the largest count that fits; ``most2``, of at most two; or one of
+            `problems.POLICIES`, as its rules have it whether it fits or not. Where nothing
+            fits, the least count is kept, and says so.
+    Raises:
+        ValueError: there is no such policy, or it says nothing of a row's target.
+    """
+    rows = rows[rows["num_stages"].notna()]
+    if policy in problems.POLICIES:
+        ruled = [
+            problems.ruled_stages(policy, row["kernel"], row["target"], tables.tile_of(row))
+            for row in rows.to_dict("records")
+        ]
+        return rows[rows["num_stages"] == ruled]
+    most = policy.removeprefix(MOST)
+    if not policy.startswith(MOST) or (most and not (most.isdecimal() and int(most))):
+        there = ", ".join((MOST, f"{MOST}2", *problems.POLICIES))
+        raise ValueError(f"no stage policy {policy!r}; there are {there}")
+    if most:
+        rows = rows[rows["num_stages"] <= int(most)]
+    # A run may have asked fewer counts than another.
+    but = ("num_stages", "compile_key", "run")
+    question = [name for name in records.KEY if name not in but]
+    order = rows.assign(_fits=rows["status"] == "ok")
+    # Of what fits the most, else the least.
+    order["_rank"] = order["num_stages"].where(order["_fits"], -order["num_stages"])
+    best = order.groupby(question, sort=False, dropna=False)["_rank"].transform("max")
+    return rows[order["_rank"] == best]
 
 
 def stages(rows: pd.DataFrame) -> pd.DataFrame:

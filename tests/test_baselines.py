@@ -206,12 +206,33 @@ def test_some_rows_are_taken_by_their_values(store):
     assert len(baselines.read(f"{store}@run=none,scatter=FALSE")) == 2
 
 
+def test_the_rows_of_a_stage_policy_are_taken_after_their_values():
+    rows = baselines.read("h200_stage_sweep@stages=most,kernel=moe_gemm_a8w4")
+    whole = records.read(trade.SHIPPED)
+    expected = trade.under(whole[whole["kernel"] == "moe_gemm_a8w4"], trade.MOST)
+    assert rows.equals(expected)
+
+
+def test_several_sources_are_read_as_one(store):
+    joined = baselines.read(f"{store}@m=512 + {store}@m=2560")
+    assert sorted(joined["m"]) == sorted(baselines.read(store)["m"])
+    assert list(joined.index) == [0, 1, 2, 3]
+    other = store.with_name("a + b")
+    store.rename(other)
+    assert len(baselines.read(other)) == 4
+
+
+def test_of_several_sources_the_damaged_one_is_named(store, tmp_path):
+    assert "nowhere: no such file" in refused(f"{store} + {tmp_path / 'nowhere'}")
+
+
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
         ("m=7", "no row has m '7'; there are 512, 2560"),
         ("tokens=512", "rows have no column 'tokens'"),
         ("m=512,layer", "'layer' after @ is not COLUMN=VALUE"),
+        ("stages=deep", "rows@stages=deep: no stage policy 'deep'; there are most, most2"),
     ],
 )
 def test_values_that_no_row_has_are_told_with_those_there_are(store, wanted, words):

@@ -1,6 +1,7 @@
 """What a user types, and what comes back on stdout, stderr and as exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -662,15 +663,16 @@ def test_an_unknown_notebook_exits_2_with_those_there_are(never_runs, tmp_path):
 def test_values_arrive_with_their_types_and_the_path_is_all_of_stdout(monkeypatch, tmp_path):
     seen = {}
 
-    def render(notebook, parameters, out):
-        seen.update(notebook=notebook, parameters=parameters, out=out)
+    def render(notebook, parameters, out, name):
+        seen.update(notebook=notebook, parameters=parameters, out=out, name=name)
         return out / "a.html"
 
     monkeypatch.setattr(report, "render", render)
     pairs = {"jobs": "2", "f": "0.5", "on": "true", "off": "False", "no": "none", "m": "1,2"}
     given = [part for name, text in pairs.items() for part in ("-p", name, text)]
-    result = run("report", "a", *given, "--out", tmp_path)
+    result = run("report", "a", *given, "--out", tmp_path, "--name", "b")
     assert result.exit_code == 0, result.output
+    assert seen["name"] == "b"
     assert result.stdout == f"{tmp_path / 'a.html'}\n"
     assert repr(seen["parameters"]) == repr(
         {"jobs": 2, "f": 0.5, "on": True, "off": False, "no": None, "m": "1,2"}
@@ -678,7 +680,7 @@ def test_values_arrive_with_their_types_and_the_path_is_all_of_stdout(monkeypatc
 
 
 def test_a_notebook_that_fails_exits_1_with_its_files(monkeypatch, tmp_path):
-    def render(*_):
+    def render(*_, **__):
         raise report.ReportError("a.ipynb: cell [2] raised ValueError: no\n  executed: b.ipynb")
 
     monkeypatch.setattr(report, "render", render)
@@ -756,6 +758,86 @@ def test_peers_are_asked_for_by_name_or_all_with_problems_that_they_compute(
     assert told["peers"] == names
     plain = [of.problem == peers.plain(of.problem) for of in told["asked"]]
     assert plain == [bool(names)] * len(plain)
+
+
+@pytest.fixture
+def two_sides(measured, monkeypatch, tmp_path):
+    """Let `moelab measure --ab` find a GPU on which the candidate takes longer by a factor."""
+    from test_regress import timed
+
+    from moelab import ab
+
+    told = {}
+
+    def measure(asked, base, candidate, store, **how):
+        told.update(asked=asked, sides=(str(base), str(candidate)), **how)
+        sides = {"base": 1.0, "candidate": told.get("factor", 1.0)}
+        return records.frame(timed(side=side, by=by) for side, by in sides.items())
+
+    monkeypatch.setattr(ab, "measure", measure)
+    return (*measured, "--store", tmp_path / "rows"), told
+
+
+@pytest.mark.parametrize(("factor", "exit_code"), [(1.0, 0), (1.2, 1)])
+def test_an_ab_run_ends_with_the_verdict_and_its_rows_have_the_same(
+    two_sides, factor, exit_code, tmp_path
+):
+    command, told = two_sides
+    told["factor"] = factor
+    export, summary = tmp_path / "rows.parquet", tmp_path / "summary.md"
+    result = run(
+        *(*command, "--ab", "stages=1", "--ab", "stages=most", "--threshold", "4%"),
+        *("--export", export, "--markdown", summary),
+    )
+    assert (result.exit_code, told["sides"]) == (exit_code, ("stages=1", "stages=most"))
+    assert told["threshold"] == 0.04
+    # As many as the procedure takes, of one stage count.
+    assert "rounds" not in told
+    assert {of.num_stages for of in told["asked"]} == {2}
+    verdict = "passed" if exit_code == 0 else "regressed"
+    assert result.stdout.splitlines()[0] == verdict
+    assert summary.read_text().startswith(f"## moelab compare: {verdict}")
+    again = run("compare", f"{export}@side=base", f"{export}@side=candidate", "--threshold", "4%")
+    assert (again.exit_code, again.stdout) == (result.exit_code, result.stdout)
+
+
+def test_an_ab_run_as_json_is_one_object(two_sides):
+    command, told = two_sides
+    result = run(*command, "--ab", "same", "--ab", "same", "--json", "--rounds", "12", "--apart")
+    assert json.loads(result.stdout)["verdict"] == "passed"
+    assert (told["rounds"], told["apart"]) == (12, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--ab", "same"), "--ab is given 1 times; give it twice"),
+        (("--ab", "same", "--ab", "colour=blue"), "no 'colour'; a side is `same`, or some of"),
+        (("--ab", "same", "--ab", "same", "--peers", "torch"), "leave it out with --ab"),
+        (("--ab", "same", "--ab", "same", "--markdown", "a.parquet"), "name it a.md"),
+        (("--apart",), "--apart is of --ab BASE --ab CANDIDATE"),
+        (("--threshold", "4%"), "--threshold is of --ab"),
+    ],
+)
+def test_wrong_use_of_two_sides_is_refused_before_anything_is_measured(two_sides, given, words):
+    command, told = two_sides
+    result = run(*command, *given)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert not told
+
+
+def test_an_ab_run_that_could_not_measure_is_no_regression(two_sides, monkeypatch):
+    from moelab import ab
+    from moelab.timing import MeasureError
+
+    def measure(*_, **__):
+        raise MeasureError("the worker of the base did not start")
+
+    monkeypatch.setattr(ab, "measure", measure)
+    result = run(*two_sides[0], "--ab", "same", "--ab", "same")
+    assert result.exit_code == 2
+    assert "did not start" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -947,6 +1029,67 @@ def test_the_shipped_sweep_is_compared_by_name():
     result = run("compare", "h200_stage_sweep@num_stages=1", "h200_stage_sweep@num_stages=2")
     assert result.exit_code == 1
     assert "The sides differ in num_stages (1 against 2)." in result.stdout
+
+
+# compare --html.
+
+
+def test_a_comparisons_report_is_one_file_and_what_rows_say_in_it_is_inert(
+    tmp_path, monkeypatch, sides
+):
+    from test_regress import timed
+
+    hostile = "<script>alert(1)</script>$\\frac{|`\x07\u202e" + 500 * "x"
+    names = {"kernel": hostile, "model": hostile, "gpu": hostile, "run": "<b>run</b>"}
+    for name, by in (("before", 1.0), ("after", 1.2)):
+        made_by = json.dumps({"driver": hostile + name, "torch": name})
+        rows = [timed(by=by, m=m, made_by=made_by, **names) for m in (512, 2560)]
+        records.export(records.frame(rows), tmp_path / f"{name}.parquet")
+    monkeypatch.chdir(tmp_path)
+    result = run("compare", "before.parquet", "after.parquet", "--html", "report.html")
+    assert result.exit_code == 1, result.stderr
+    assert result.stdout.startswith("regressed\n")
+    page = (tmp_path / "report.html").read_text()
+    assert len(page) < 2_000_000
+    assert 'class="verdict regressed"' in page
+    assert "slower by more than 3%" in page
+    assert "Traceback" not in page
+    assert "<script>alert" not in page and "<b>run" not in page
+    assert "&lt;script&gt;alert" in page
+    assert not {"\x07", "\u202e"} & set(page)
+    assert 301 * "x" not in re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "after.parquet",
+        "before.parquet",
+        "report.html",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["torn", "absent", "other cells", "foreign", "no page"])
+def test_a_report_that_can_not_be_made_exits_2_and_overwrites_nothing(sides, tmp_path, damage):
+    baseline, candidate = sides({}, REFUSED)
+    page = tmp_path / "report.html"
+    page.write_text('<meta name="generator" content="moelab"> as it was')
+    if damage == "torn":
+        candidate.write_bytes(candidate.read_bytes()[:-100])
+    elif damage == "absent":
+        candidate.unlink()
+    elif damage == "other cells":
+        records.export(records.read(candidate).assign(kernel="another"), candidate)
+    elif damage == "foreign":
+        page.write_text("somebody's page")
+    else:
+        page = candidate
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run("compare", baseline, candidate, "--html", page)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert (
+        str(candidate) in result.stderr
+        or str(page) in result.stderr
+        or ("no cell is in both" in result.stderr)
+    )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # How commands end.

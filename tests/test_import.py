@@ -83,7 +83,7 @@ def test_specs_know_the_standard_library_alone():
 READERS = (
     *("records", "tables", "plots", "lds_map", "targets", "problems", "estimates", "upgrade"),
     *("advice", "trade", "measurements", "published", "cliffs", "tuned", "standings"),
-    *("regress", "paired_rounds", "baselines"),
+    *("regress", "paired_rounds", "baselines", "regression_report"),
 )
 
 

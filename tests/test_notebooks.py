@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moelab import (
+    baselines,
     cliffs,
     compiler,
     estimates,
@@ -23,6 +24,8 @@ from moelab import (
     problems,
     published,
     records,
+    regress,
+    regression_report,
     report,
     standings,
     tables,
@@ -411,3 +414,29 @@ def fabricated_peers(tmp_path):
         rows.append(absent | {"status": "unavailable", "reason": reason})
     frame = records.frame(rows).assign(moelab="0", schema=records.SCHEMA_VERSION, triton="3.6.0")
     return records.export(frame, tmp_path / "peers.parquet")
+
+
+# Did it regress?
+
+REGRESSION = FOLDER / "06_regression_report.ipynb"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", regression_report.cases())
+def test_every_shipped_case_is_a_page_that_can_be_mailed(tmp_path, name):
+    page = report.render(REGRESSION, {"case": name}, tmp_path, progress=False)
+    assert page.stat().st_size < 2_000_000
+    shown = page.read_text()
+    assert "Traceback" not in shown
+    case = regression_report.cases()[name]
+    compared = regress.compare(*map(baselines.read, (case.baseline, case.candidate)))
+    assert f'class="verdict {compared.verdict}"' in shown
+    plain = re.sub(r"<[^>]+>", "", shown)
+    assert html.escape(case.title, quote=False) in plain
+    for sentence in regress.sentences(compared):
+        assert html.escape(sentence, quote=False) in html.unescape(plain).replace("&", "&amp;")
+
+
+def test_a_case_that_is_not_shipped_is_answered_with_those_that_are(tmp_path):
+    with pytest.raises(ReportError, match="case: no case 'x'; there are two_stages_to_one"):
+        report.render(REGRESSION, {"case": "x"}, tmp_path, progress=False)

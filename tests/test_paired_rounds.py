@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import suites
 
-from moelab import paired_rounds, records, trade
-from moelab.paired_rounds import LOOKS, found, judge, rounds_needed
+from moelab import ab, baselines, paired_rounds, regress
+from moelab.paired_rounds import LOOKS, found, judge, looks, rounds_needed
 
 CELLS = 300
 SUITES = [6, pytest.param(60, marks=pytest.mark.slow)]
@@ -110,18 +110,18 @@ def test_a_slowdown_below_the_threshold_is_not_called_one():
 )
 def test_the_simulated_noise_is_more_than_an_h200_has(noise, of_h200):
     spread = noise.differences(np.random.default_rng(0), np.zeros(CELLS)).std(axis=1, ddof=1)
-    assert np.median(spread) > paired_rounds.noise(records.read(trade.SHIPPED))[of_h200]
+    assert np.median(spread) > paired_rounds.noise(baselines.read("h200_equal_code"))[of_h200]
 
 
 def test_rounds_of_an_h200_are_independent():
-    h200 = paired_rounds.noise(records.read(trade.SHIPPED))
+    h200 = paired_rounds.noise(baselines.read("h200_equal_code"))
     far = h200["autocorrelation"] - h200["autocorrelation if independent"]
     # A pair of 6 rounds has 5 neighbours, and each product of two a variance of 1.
     assert abs(far) < 3 / np.sqrt(5 * h200["pairs"])
 
 
 def test_the_docstring_has_the_noise_of_the_shipped_rows():
-    h200 = paired_rounds.noise(records.read(trade.SHIPPED))
+    h200 = paired_rounds.noise(baselines.read("h200_equal_code"))
     said = " ".join(paired_rounds.__doc__.split())
     assert f"of d_r is {h200['autocorrelation']:.2f}" in said
     assert f"would give {h200['autocorrelation if independent']:.2f}" in said
@@ -133,17 +133,11 @@ def test_the_docstring_has_the_noise_of_the_shipped_rows():
     assert abs(paired_rounds.TICK_US - h200["tick_us"]) < 0.005
 
 
-def test_equal_code_on_an_h200_is_never_called_changed():
-    # Every other repetition of a turn against those between.
-    rows = records.read(trade.SHIPPED).dropna(subset=["samples_us"])
-    halves = []
-    for text in rows["samples_us"]:
-        turns = [(np.log(turn[0::2]), np.log(turn[1::2])) for turn in json.loads(text)]
-        halves.append([np.median(b) - np.median(a) for a, b in turns[: LOOKS[0]]])
-    cells = judge(np.array(halves))
-    assert len(cells) > 800
-    assert set(cells["answer"]) <= {"passed", "inconclusive"}
-    assert share(cells["answer"] == "passed") > 0.95
+def test_no_measured_pair_of_equal_code_is_called_changed():
+    cells = ab.judged(baselines.read("h200_equal_code")).cells
+    paired = cells[cells["how"] == regress.PAIRED]
+    assert len(paired) >= 200
+    assert set(paired["speed"]) == {"passed"}
 
 
 def test_too_few_rounds_decide_nothing():
@@ -198,6 +192,25 @@ def test_smaller_slowdowns_need_more_rounds_and_none_shows_less_than_the_thresho
 
 
 def test_noise_needs_two_rows_that_took_turns():
-    rows = records.read(trade.SHIPPED).dropna(subset=["samples_us"]).head(1)
+    rows = baselines.read("h200_equal_code").dropna(subset=["samples_us"]).head(1)
     with pytest.raises(ValueError, match="no two rows of one problem and run"):
         paired_rounds.noise(rows)
+
+
+def test_of_ab_runs_the_two_sides_of_a_cell_are_a_pair():
+    rows = baselines.read("h200_equal_code").dropna(subset=["samples_us"]).head(4)
+    one = rows.iloc[[0, 0, 0, 0]].reset_index(drop=True)
+    turns = [[[100.0], [by]] for by in (100.0, 110.0, 300.0, 330.0)]
+    samples = [json.dumps(of) for of in turns]
+    ab = one.assign(side=["base", "candidate"] * 2, samples_us=samples)
+    assert paired_rounds.noise(ab)["pairs"] == 2
+    assert paired_rounds.noise(ab.assign(side=None))["pairs"] == 3
+
+
+def test_whoever_looks_at_most_three_times_may_choose_when_the_last_is():
+    for rounds in (6, 8, 12, 24, 48):
+        assert looks(rounds)[-1] == rounds
+        assert len(looks(rounds)) <= len(LOOKS)
+    assert looks(LOOKS[-1]) == LOOKS
+    with pytest.raises(ValueError, match="rounds = 5: give 6 or more"):
+        looks(5)

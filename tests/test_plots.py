@@ -8,9 +8,10 @@ import pytest
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import test_regress as regressions
 from matplotlib.figure import Figure
 
-from moelab import estimates, plots, problems, records, tables
+from moelab import estimates, plots, problems, records, regression_report, tables
 from moelab.lds_map import Told
 from moelab.specs import Buffer, LdsMap
 from moelab.targets import get
@@ -340,3 +341,109 @@ def test_without_a_time_the_picture_of_peers_says_so():
     (ours,) = records.frame([of_peers(None, 500.0)]).assign(tflops=None).to_dict("records")
     figure = plots.ours_and_peers(tables.labelled(records.frame([ours])))
     assert "nothing was timed" in [text.get_text() for text in figure.axes[0].texts]
+
+
+# Comparisons.
+
+
+def squares(figure):
+    """The words of every square, panel by panel."""
+    return [[text.get_text() for text in axis.texts] for axis in figure.axes if axis.texts]
+
+
+def test_a_square_has_the_ratio_and_says_what_is_not_decided():
+    slow, open_ = regressions.timed(by=1.2), regressions.timed(regressions.NOISY, m=2560)
+    told = regressions.compared(
+        [regressions.timed(), regressions.timed(m=2560), regressions.timed(m=8704)],
+        [slow, open_, regressions.timed(m=8704, by=1.2, run="second")],
+    )
+    figure = plots.moves_over_m_and_tp(told)
+    (words,) = squares(figure)
+    ratio = told.cells.set_index("m")["ratio"]
+    assert set(words) == {"1.20", f"{ratio[2560]:.2f}?", "1.20~"}
+    bold = {t.get_text() for axis in figure.axes for t in axis.texts if t.get_weight() == "bold"}
+    assert bold == {"1.20"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ({}, {}, "="),
+        ({}, regressions.REFUSED, "lost"),
+        (regressions.REFUSED, {}, "fits"),
+        (regressions.REFUSED, regressions.REFUSED, "no"),
+        ({}, {"spilled_registers": 3}, "heavier"),
+        ({}, {"workgroups_per_cu": 3}, "lighter"),
+        ({}, {"status": "timeout"}, "?"),
+        (regressions.timed(), regressions.timed(), "="),
+    ],
+)
+def test_without_times_a_square_says_what_became_of_the_fit(before, after, word):
+    told = regressions.compared(regressions.row(**before), regressions.row(**after))
+    assert squares(plots.moves_over_m_and_tp(told)) == [[word]]
+
+
+def test_of_several_tiles_a_square_has_the_mean_and_the_gravest_fit():
+    tiles = [{"block_n": 64}, {"block_n": 128}]
+    before = [regressions.timed(**tile) for tile in tiles]
+    after = [regressions.timed(by=by, **tile) for by, tile in zip((1.1, 1.3), tiles, strict=True)]
+    told = regressions.compared(before, after)
+    assert squares(plots.moves_over_m_and_tp(told)) == [[f"{(1.1 * 1.3) ** 0.5:.2f}"]]
+    after[1] |= regressions.REFUSED | {"time_us": None, "samples_us": None}
+    told = regressions.compared(before, after)
+    assert squares(plots.moves_over_m_and_tp(told)) == [["lost"]]
+
+
+def test_what_neither_side_has_is_hatched():
+    cells = [regressions.row(), regressions.row(tp=4), regressions.row(tp=4, m=2560)]
+    figure = plots.moves_over_m_and_tp(regressions.compared(cells, cells))
+    hatched = [patch for patch in figure.axes[0].patches if patch.get_hatch()]
+    assert [patch.get_xy() for patch in hatched] == [(1 - 0.48, 0 - 0.46)]
+    assert "no such cell" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_samples_of_both_sides_are_drawn_round_by_round():
+    told = regressions.compared(regressions.timed(), regressions.timed(by=1.2))
+    figure = plots.worst_samples(regression_report.worst(told))
+    (axis,) = figure.axes
+    times = sorted(y for line in axis.lines if line.get_marker() == "o" for y in line.get_ydata())
+    of_side = [us for turn in regressions.QUIET for us in turn]
+    assert times == pytest.approx(sorted([*of_side, *(1.2 * us for us in of_side)]))
+    assert "regressed: \N{MULTIPLICATION SIGN}1.200" in axis.get_title(loc="left")
+
+
+def test_a_comparison_without_problems_times_or_figures_still_has_its_pictures(tmp_path):
+    own = regressions.row(model=None, layer=None, tp=None, experts=None, m=None) | {"m": None}
+    told = regressions.compared(own, own)
+    for figure in (
+        plots.moves_over_m_and_tp(told),
+        plots.worst_samples(regression_report.worst(told)),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+    assert plots.published_over_m_and_tp(told) is None
+    assert plots.fits(regression_report.fits(told)) is None
+    steps = regression_report.along_m(told)
+    assert plots.comparison_cliffs(steps, regression_report.MEASURED) is None
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "<b>\n", "x" * 5000])
+def test_a_hostile_name_is_drawn_as_it_is(tmp_path, name):
+    changed = {"kernel": name, "model": name}
+    told = regressions.compared(regressions.timed(**changed), regressions.timed(by=1.2, **changed))
+    for figure in (
+        plots.moves_over_m_and_tp(told),
+        plots.worst_samples(regression_report.worst(told)),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+
+
+def test_the_arrows_of_fits_start_where_the_baseline_was():
+    told = regressions.compared(
+        regressions.row(**regressions.REFUSED), regressions.row(num_stages=1)
+    )
+    figure = plots.fits(regression_report.fits(told))
+    (axis,) = figure.axes
+    start, end = axis.lines[0], axis.lines[1]
+    assert (start.get_xdata()[0], end.get_xdata()[0]) == (2000 / 1024, 100 / 1024)
+    assert (start.get_markerfacecolor(), end.get_markerfacecolor() != "white") == ("white", True)
+    assert "2 -> 1 stages" in axis.get_yticklabels()[0].get_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moelab import compiler, plots, problems, published, sweep
+from moelab import compiler, plots, problems, published, records, sweep
 from moelab.targets import TARGETS
 
 
@@ -134,3 +134,21 @@ def test_the_picture_has_every_cell_once_and_its_limit(launches, before):
     for axis in figure.axes:
         (limit,) = [line for line in axis.lines if line.get_color() == plots.RED]
         assert set(limit.get_xdata()) == {160}
+
+
+def test_a_figure_belongs_to_the_launches_that_it_was_taken_with(launches):
+    found = published.figures(records.read(published.LAUNCHES))
+    assert len(found) == len(launches) == 512
+    assert set(found["num_stages"]) == {1}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"num_stages": 2}, {"async_copy": False}, {"block_n": 96}, {"target": "gfx942"}]
+)
+def test_other_launches_have_no_figure(changed):
+    assert published.figures(records.read(published.LAUNCHES).assign(**changed)).empty
+
+
+def test_a_figure_of_both_layers_is_not_one_of_either(launches):
+    rows = records.read(published.LAUNCHES)
+    assert published.figures(rows[rows["layer"] == 1]).empty

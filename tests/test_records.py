@@ -56,6 +56,7 @@ ROW = {
     "gpu": "NVIDIA H200",
     "workload": "uniform, 0",
     "run": "20261123T170000-abcdef",
+    "side": "base",
     "peer": "triton_kernels",
     "includes": "gather",
     "status": "ok",
@@ -91,7 +92,9 @@ ROW = {
 }
 
 # What rows of earlier schemas meant, which had no columns for it.
+UNSAID_IN_5 = {"side": None}
 UNSAID_IN_4 = {
+    **UNSAID_IN_5,
     "fast_accum": False,
     "group_m": 4,
     "tma": False,
@@ -121,6 +124,7 @@ UNSAID = {
     2: UNSAID_IN_2,
     3: UNSAID_IN_3,
     4: UNSAID_IN_4,
+    5: UNSAID_IN_5,
 }
 OLD_ROW = {
     schema: {name: value for name, value in ROW.items() if name not in unsaid} | {"schema": schema}
@@ -251,7 +255,7 @@ def test_rows_of_all_schemas_are_exported_together(tmp_path):
     write(tmp_path / "store", *OLD_ROW.values(), ROW)
     rows = records.read(tmp_path / "store")
     assert_frame_equal(records.read(records.export(rows, tmp_path / "rows.parquet")), rows)
-    assert list(rows["schema"]) == [1, 2, 3, 4, 6]
+    assert list(rows["schema"]) == [1, 2, 3, 4, 5, 6]
 
 
 # Writers.

@@ -142,6 +142,14 @@ def test_where_speed_was_judged_it_says_what_resources_cost():
     assert (open_["resources"], open_["speed"]) == ("regressed", "inconclusive")
 
 
+def test_what_was_not_launched_takes_nothing_that_could_grow():
+    told = cell(row(**REFUSED, spilled_registers=0), row(spilled_registers=9))
+    assert (told["fits"], told["resources"], told["verdict"]) == ("improved", "changed", "improved")
+    assert "spilled_registers 0 -> 9" in told["what"]
+    refused = cell(row(**REFUSED), row(**REFUSED, spilled_registers=9))
+    assert refused["resources"] == "changed"
+
+
 # Speed.
 
 
@@ -308,6 +316,27 @@ def test_a_difference_in_what_made_the_rows_is_told():
     assert "nothing that rows tell" in regress.text(compared(timed(), timed()))
 
 
+def test_clocks_that_are_apart_differ_and_what_held_one_side_down():
+    fast, slow = {"clock_mhz": 1980.0, "throttled": ""}, {"clock_mhz": 1800.0}
+    told = compared(timed(**fast), timed(**slow, throttled="sw_power_cap"))
+    assert told.differs == {
+        "clock_mhz": ("1980", "1800"),
+        "throttled": ("none", "sw_power_cap"),
+    }
+    assert compared(timed(**fast), timed(**fast | {"clock_mhz": 1970.0})).differs == {}
+    assert compared(timed(), timed(**slow)).differs == {}
+
+
+def test_both_sides_rows_stand_in_the_order_of_the_cells():
+    candidate = [row(m=512), row(m=2560, **REFUSED, num_stages=3), row(m=8704, num_stages=3)]
+    told = compared([row(m=512), row(m=2560), row(m=8704)], candidate)
+    assert list(told.cells["m"][:1]) == [2560]
+    assert list(told.rows["m"]) == list(told.cells["m"])
+    assert list(told.rows["status c"]) == ["out_of_lds", "ok", "ok"]
+    assert list(told.rows["num_stages b"]) == [2, 2, 2]
+    assert list(told.rows["num_stages c"][:1]) == [3]
+
+
 @pytest.mark.parametrize("threshold", [0, 1, -0.1, 3, float("nan")])
 def test_a_threshold_is_a_share(threshold):
     with pytest.raises(ValueError, match="give a fraction between 0 and 1"):
@@ -376,3 +405,33 @@ def test_long_lists_are_cut_and_counted():
     assert "and 58 more; --json has every cell" in regress.text(told)
     assert "and 58 more" in regress.markdown(told)
     assert len(json.loads(regress.as_json(told))["cells"]) == 88
+
+
+# The sides of A/B runs.
+
+
+def ab_run(run, by, **changed):
+    """One cell of an A/B run, its candidate slower by a factor."""
+    return timed(run=run, side="base"), timed(run=run, side="candidate", by=by, **changed)
+
+
+def test_ab_runs_of_one_file_are_cells_of_their_own():
+    first, second = ab_run("first", 1.2, num_stages=3), ab_run("second", 1.0, num_stages=4)
+    found = compared(*zip(first, second, strict=True))
+    by_run = dict(zip(found.cells["run"], found.cells["speed"], strict=True))
+    assert by_run == {"first": "regressed", "second": "passed"}
+    assert set(found.cells["how"]) == {PAIRED}
+    assert "run" in regress.table(found)
+    assert found.differs["num_stages"] == ("2", "3, 4")
+
+
+def test_a_side_of_one_ab_run_against_that_of_another_took_no_turns_with_it():
+    base, _ = ab_run("first", 1.0)
+    _, candidate = ab_run("second", 1.2)
+    assert cell(base, candidate)["how"] == ADVISORY
+
+
+def test_both_sides_of_ab_runs_against_those_of_later_ones_are_told_apart():
+    found = compared(ab_run("first", 1.0), ab_run("second", 1.0))
+    assert len(found.cells) == 2
+    assert set(found.cells["side"]) == {"base", "candidate"}

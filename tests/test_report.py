@@ -267,6 +267,56 @@ def test_value_that_papermill_would_turn_into_a_string_raises(tmp_path, never_ru
         report.render(source, {"stages": {1, 2}}, tmp_path / "out")
 
 
+def test_a_report_may_have_another_name_than_its_notebook(tmp_path):
+    source = write(tmp_path / "cells.ipynb", new_markdown_cell("# Which?"))
+    html = report.render(source, {}, tmp_path / "out", name="another", progress=False)
+    assert html == tmp_path / "out" / "another.html"
+    assert html.with_suffix(".ipynb").is_file()
+
+
+def test_a_report_in_one_file_replaces_a_report_and_leaves_nothing_beside_it(tmp_path):
+    source = write(tmp_path / "cells.ipynb", new_markdown_cell("# Which?"))
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert report.render_to(source, {}, page) == page
+        assert "Which?" in page.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.ipynb", "page.html"]
+
+
+def test_a_report_that_fails_leaves_the_one_before_as_it_was(tmp_path):
+    page = report.render_to(
+        write(tmp_path / "a.ipynb", new_markdown_cell("# Was?")), {}, tmp_path / "page.html"
+    )
+    before = page.read_bytes()
+    with pytest.raises(ReportError, match="ZeroDivisionError"):
+        report.render_to(write(tmp_path / "b.ipynb", code("1 / 0")), {}, page)
+    assert page.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("page.html", "<html><head><title>moelab</title></head></html>"),
+        ("page.html", ""),
+        ("page.html", None),
+        ("rows.parquet", "PAR1"),
+        ("notes.txt", "as it was"),
+    ],
+)
+def test_what_is_no_report_is_never_replaced(tmp_path, never_runs, name, content):
+    there = tmp_path / name
+    there.mkdir() if content is None else there.write_text(content)
+    with pytest.raises(ValueError, match=r"choose another name|a report is a page; name it"):
+        report.render_to("01_stage_sweep", {}, there)
+    assert content is None or there.read_text() == content
+
+
+def test_a_report_makes_no_folder_of_a_mistyped_name(tmp_path, never_runs):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; make it first"):
+        report.render_to("01_stage_sweep", {}, tmp_path / "nowhere" / "page.html")
+
+
 def test_input_is_never_the_output(tmp_path, never_runs):
     source = write(tmp_path / "a.ipynb", code("1"))
     before = source.read_bytes()

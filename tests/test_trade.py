@@ -6,7 +6,7 @@ import math
 import pandas as pd
 import pytest
 
-from moelab import plots, records, trade
+from moelab import plots, problems, records, trade
 from moelab.parameters import ParameterError
 from moelab.targets import TARGETS
 
@@ -343,3 +343,68 @@ def test_the_conclusion_counts_launches_and_names_each_model(shipped):
     assert f"NVIDIA H200: {launched} configurations were launched and {launched} loaded" in told
     for model in shipped["model"].unique():
         assert model in told
+
+
+# Stage policies.
+
+
+def stages_of(rows, policy):
+    return list(trade.under(records.frame(rows), policy)["num_stages"])
+
+
+def test_the_most_stages_that_fit_are_kept_tile_by_tile():
+    rows = [row(1, 10.0), row(2, 9.0), row(3, None, **OUT)]
+    rows += [row(1, 10.0, block_n=128), row(2, None, **OUT, block_n=128)]
+    assert stages_of(rows, "most") == [2, 1]
+    assert stages_of(rows[::-1], "most") == [1, 2]
+
+
+def test_where_nothing_fits_the_least_count_says_so():
+    kept = trade.under(records.frame([row(2, None, **OUT), row(1, None, **OUT)]), "most")
+    assert list(kept["num_stages"]) == [1]
+    assert list(kept["status"]) == ["out_of_lds"]
+
+
+def test_up_to_a_count_leaves_deeper_ones_out():
+    rows = [row(count, 10.0) for count in (1, 2, 3)]
+    assert stages_of(rows, "most2") == [2]
+    assert stages_of([row(1, 10.0), row(2, None, **OUT)], "most2") == [1]
+
+
+def test_a_run_that_asked_fewer_counts_does_not_bring_its_own_most():
+    rows = [row(count, 10.0) for count in (1, 2, 3)]
+    rows += [row(count, 10.0, run="later") for count in (1, 2)]
+    assert stages_of(rows, "most") == [3]
+
+
+def test_what_has_no_stages_is_left_out():
+    assert stages_of([row(1, 10.0), row(1, 9.0, peer="torch") | {"num_stages": None}], "most") == [
+        1
+    ]
+
+
+def test_a_published_policy_is_that_of_its_rules_whether_it_fits_or_not():
+    tile = {"target": "gfx950", "block_m": 32, "block_n": 256, "block_k": 256}
+    rows = [row(1, 10.0, **tile), row(2, None, **tile, **OUT)]
+    assert stages_of(rows, problems.BEFORE) == [2]
+    assert stages_of(rows, problems.FIRST_FIX) == [1]
+
+
+def test_a_policy_that_speaks_of_another_target_says_so():
+    with pytest.raises(ValueError, match=r"has no stage count for moe_gemm_a8w8.* on sm_90"):
+        stages_of([row(1, 10.0)], problems.LATER_FIX)
+
+
+@pytest.mark.parametrize("policy", ["", "least", "most0", "mosttwo", "most-1", "2most"])
+def test_an_unknown_policy_is_answered_with_those_there_are(policy):
+    with pytest.raises(ValueError, match="there are most, most2, before #2723, after #2723"):
+        stages_of([row(1, 10.0)], policy)
+
+
+def test_of_the_shipped_sweep_the_most_that_fits_is_what_a_further_stage_does_not(shipped):
+    kept = trade.under(shipped, "most")
+    assert not kept.duplicated([*trade.TILING, "fast_accum"]).any()
+    told = shipped.merge(kept, on=[*trade.TILING], suffixes=("", " kept"))
+    deeper = told[(told["num_stages"] > told["num_stages kept"]) & (told["status kept"] == "ok")]
+    assert len(deeper) > 0
+    assert set(deeper["status"]) == {"out_of_lds"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from .. import cliffs, published
+from ..baselines import inert
 from .style import GREY, KIB, PALETTE, RED, empty, stage_colour, subplots
 from .throughput import panels_of
 
@@ -142,7 +144,8 @@ def cliffs_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
 def _inner(steps: pd.DataFrame, curve: list[str]) -> list[str]:
     """Name the columns that tell the curves of a kernel and model apart."""
     told = [name for name in curve if name not in ("kernel", "model")]
-    return [name for name in told if name != "fast_accum" or steps[name].nunique() > 1]
+    shared = [name for name in ("fast_accum", "target") if name in told]
+    return [name for name in told if name not in shared or steps[name].nunique() > 1]
 
 
 def _named(inner: list[str], values: Any) -> str:
@@ -180,19 +183,25 @@ def left_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
     figure, axes = panels_of(panels, 2.5, sharex=True, sharey=True)
     # Rises at small M leave hundreds of percent, which the model does not speak of.
     low, high = min(steps[cliffs.LEFT].min() * 1.15, -10), 30
+    # A curve has the same colour in all panels, and each is in the key.
+    names_of_all = steps[inner].drop_duplicates().sort_values(inner)
+    colours = dict(
+        zip(names_of_all.itertuples(index=False, name=None), itertools.cycle(PALETTE), strict=False)
+    )
+    for names, colour in colours.items():
+        axes[0].plot([], [], "o-", ms=3, lw=0.8, color=colour, label=_named(inner, names))
     for axis, ((kernel, model), panel) in zip(axes, panels, strict=True):
         margin = 100 * cliffs.MARGIN
         axis.axhspan(-margin, margin, color="#eeeeee", lw=0)
         axis.axhline(0, color="black", lw=0.8)
-        lines = panel.groupby(inner, sort=False)
-        for (names, line), colour in zip(lines, PALETTE, strict=False):
+        for names, line in panel.groupby(inner, sort=False):
             line = line.sort_values("m")
             m, left = line["m"].astype(float), line[cliffs.LEFT].astype(float)
-            axis.plot(m, left, "o-", ms=3, lw=0.8, color=colour, label=_named(inner, names))
+            axis.plot(m, left, "o-", ms=3, lw=0.8, color=colours[names])
             look = line[cliffs.LOOK].to_numpy(bool)
             axis.plot(m[look], left[look], "o", ms=9, mfc="none", mec=RED, mew=1.8)
         axis.set_ylim(low, high)
-        axis.set_title(f"{kernel}\n{model}", fontsize=9)
+        axis.set_title(f"{inert(kernel, 60)}\n{inert(model, 60)}", fontsize=9, parse_math=False)
         axis.set_ylabel("left (%)")
     figure.supxlabel("tokens before top-k", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper left")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+# More arrows than this are no picture any more.
+_MOST = 24
+
 
 def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
     """Draw from LDS with async copy off to LDS with it on, at one stage count."""
@@ -48,20 +51,38 @@ def upgrade(paired: pd.DataFrame) -> Figure:
     )
 
 
+def fits(table: pd.DataFrame) -> Figure | None:
+    """Draw from the baseline's LDS to the candidate's, where the fit changed or there is none.
+
+    Args:
+        table: of `regression_report.fits`.
+    Returns:
+        None where no LDS moved.
+    """
+    ends = ["LDS was (bytes)", "is (bytes)", "limit (bytes)"]
+    told = table.dropna(subset=ends) if len(table) else table
+    moved = told[told[ends[0]] != told[ends[1]]] if len(told) else told
+    if moved.empty:
+        return None
+    moved = moved.rename(columns={"became": "verdict", "stages": "num_stages"})
+    names = ["baseline", "candidate"]
+    return _moves(moved.head(_MOST).iloc[::-1], ends, names, "LDS of one workgroup (KiB)")
+
+
 def _moves(table: pd.DataFrame, ends: list[str], names: list[str], title: str) -> Figure:
     """Draw an arrow per row: from the first of ``ends`` to the second, the third as limit."""
     figure, axis = subplots(figsize=(9.5, max(len(table), 3) * ROW_INCHES + 1.2))
     in_kib: Any = table[ends].astype(float) / KIB
-    for y, (row, end) in enumerate(
+    for y, (row, ends_of_row) in enumerate(
         zip(table.itertuples(), in_kib.itertuples(index=False), strict=True)
     ):
-        start, stop, limit = end
+        start, stop, limit = ends_of_row
         axis.annotate(
             "", (stop, y), (start, y), arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1.5}
         )
-        axis.plot(start, y, "o", ms=9, color=BLUE)
-        filled = ORANGE if stop <= limit else "white"
-        axis.plot(stop, y, "o", ms=9, mec=ORANGE, mew=1.5, mfc=filled)
+        for end, colour in ((start, BLUE), (stop, ORANGE)):
+            filled = colour if end <= limit else "white"
+            axis.plot(end, y, "o", ms=9, mec=colour, mew=1.5, mfc=filled)
         axis.plot([limit, limit], [y - 0.45, y + 0.45], color=RED, lw=1.5)
         # The box keeps the word readable where the limit's line passes behind it.
         box = {"facecolor": "white", "lw": 0, "pad": 1}

@@ -60,7 +60,7 @@ def mosaic(places: list[list[Any]], **options: Any) -> tuple[Figure, dict[Any, A
 
 def empty(why: str) -> Figure:
     """Say in a figure's place why there is none."""
-    figure, axis = subplots(figsize=(9.5, 3 * ROW_INCHES + 1.2))
+    figure, axis = subplots(figsize=(9.5, 3 * ROW_INCHES))
     axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
     axis.set_axis_off()
     return figure
