@@ -213,7 +213,8 @@ class Journal:
     """Appends rows to a file of its own in a store.
 
     A row is acknowledged when `append` returns: it is then on the disk, not only on its way
-    there, and survives a power cut. benchmarks/journal.py measures what that costs.
+    there, and survives a power cut. That takes 0.2 ms (benchmarks/journal.py, a virtual
+    machine's ext4), of which a compile takes hundreds.
     """
 
     def __init__(self, store: Path):
@@ -240,6 +241,8 @@ class Journal:
             DiskFullError: there is no room.
             OSError: they can't be written.
         """
+        if not rows:
+            return
         lines = b"".join(map(encode, rows))
         with room_at(self.path):
             if self._file is None:

@@ -55,6 +55,10 @@ _NO_MEMORY = re.compile(
 _REASON_CHARACTERS = 800
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a sweep; the message says what is kept and how to go on."""
+
+
 def run(
     questions: Sequence[Question],
     store: Path | str,
@@ -127,10 +131,6 @@ def each(
     return pd.concat(
         [run(questions, store, triton=name, **options) for name in chosen], ignore_index=True
     )
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended a sweep; the message says what is kept and how to go on."""
 
 
 def _answered_by(
@@ -229,9 +229,9 @@ def _answered(
             key: questions[indices[0]] for key, indices in missing.items() if key not in stored
         }
         compiled = compile_all(to_compile, mode, jobs or cores(), timeout_s, memory=memory)
-        # Together: each `append` waits for the disk.
-        known_now = {key: stored[key] for key in missing if key in stored}
-        answers = itertools.chain([known_now], ({key: answer} for key, answer in compiled))
+        # What is known at once is written at once: each `append` waits for the disk.
+        at_once = {key: stored[key] for key in missing if key in stored}
+        answers = itertools.chain([at_once], ({key: answer} for key, answer in compiled))
         left = sum(map(len, missing.values()))
         try:
             with (
@@ -498,7 +498,9 @@ def _start_worker(parent: int, memory: int | None = None) -> None:
     subprocess.Popen = _Attached  # type: ignore[misc]
     if memory is not None:
         # What a process may write to: RLIMIT_AS counts libraries and reserved addresses, too.
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _Attached(subprocess.Popen[Any]):

@@ -101,7 +101,7 @@ class Sweep:
         }
         if "sleep_s" in options:
             environment["MOELAB_TESTS_SLEEP"] = str(options.pop("sleep_s"))
-        request = json.dumps([str(store), list(stages), {"jobs": 2} | options])
+        request = json.dumps([str(store), list(stages), {"jobs": 1} | options])
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import faults; faults.main()", request],
             env=environment,
