@@ -494,6 +494,8 @@ def words_of(message: str, log: Path, died: bool = False) -> str:
 def _start_worker(parent: int, memory: int | None = None) -> None:
     """Leave interrupts to the parent, die with it, and take no more memory than is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The pool's handler waits until LLVM returns to Python, and the pool three seconds for it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
     subprocess.Popen = _Attached  # type: ignore[misc]
     if memory is not None:
@@ -508,7 +510,8 @@ class _Attached(subprocess.Popen[Any]):
 
     def __init__(self, *args: Any, **options: Any):
         worker = os.getpid()
-        options["preexec_fn"] = lambda: _die_with(worker)
+        # LLVM catches interrupts, which would undo that its children ignore them.
+        options["preexec_fn"] = lambda: _start_worker(worker)
         super().__init__(*args, **options)
 
 

@@ -20,6 +20,8 @@ from test_records import ROW
 
 from moelab import compiler, plan, records, sweep
 
+SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
+
 short_and_long = pytest.mark.parametrize(
     "times", [8, pytest.param(100, marks=pytest.mark.slow)], ids="{} times".format
 )
@@ -165,7 +167,7 @@ def test_a_kill_loses_no_acknowledged_row_doubles_none_and_leaves_no_orphan(tmp_
 def test_a_killed_sweep_of_the_real_compiler_goes_on_where_it_was(tmp_path):
     given = ["--kernel", "moe_gemm_a8w8", "--target", "gfx950", "--tile", "16x64x64,32x64x64"]
     given += ["--warps", "4", "--stages", "1,2,3,4", "--m", "512", "--async-copy", "both"]
-    command = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep", *given, "--json"]
+    command = [*SWEEP, *given, "--json"]
     whole = subprocess.run([*command, "--store", tmp_path / "whole"], capture_output=True)
     assert whole.returncode == 0, whole.stderr
     store = tmp_path / "killed"
@@ -478,6 +480,31 @@ def test_ctrl_c_ends_within_two_seconds_and_says_how_to_go_on(tmp_path):
     assert faults.outlived(tmp_path) == {}
     Sweep(tmp_path, range(1, 100)).end()
     assert kept(tmp_path) == list(range(1, 100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0, 1, 3, 6])
+def test_ctrl_c_in_a_terminal_ends_the_real_compiler_within_two_seconds(tmp_path, after_s):
+    given = ["--kernel", "all", "--target", "gfx950,sm_90", "--stages", "1,2,3,4", "--full"]
+    process = subprocess.Popen(
+        [*SWEEP, *given, "--store", tmp_path],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {faults.MARK: str(tmp_path)},
+        start_new_session=True,
+    )
+    # Of the bar, which comes before the first compile.
+    process.stderr.read(1)
+    time.sleep(after_s)
+    began = time.monotonic()
+    # As a terminal does: to the driver, its workers and their ptxas.
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert time.monotonic() - began < 2
+    assert process.returncode == 130
+    assert b"the same command asks only for the other" in err
+    assert faults.outlived(tmp_path) == {}
+    assert set(records.read(tmp_path)["status"]) <= {"ok", "out_of_lds"}
 
 
 def test_a_clock_that_is_set_changes_no_verdict_and_no_timeout(tmp_path):
