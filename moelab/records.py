@@ -353,37 +353,32 @@ def _beside(journal: Path) -> Path:
     return journal.with_name(f"{journal.name}.damaged")
 
 
-def set_aside(store: Path) -> None:
-    """Copy each damaged line to a file beside its journal, and warn of it this once.
-
-    Readers pass over a line that lies there. Journals are never written again, only
-    appended to by their own writers: nothing in them can be lost by mending them, and a
-    line that looks torn because it is being written is a row again when it is whole.
-    """
-    for line in lines(store):
-        if line.row is None:
-            aside = _beside(line.path)
-            try:
-                with aside.open("ab") as file:
-                    file.write(line.text + b"\n")
-            except OSError:
-                # A store that can be read and not written to; readers name the line.
-                continue
-            warnings.warn(
-                f"{line.path}:{line.number} is {line.damage}; set aside in {aside.name}",
-                stacklevel=2,
-            )
+def _set_aside(line: Line) -> bool:
+    """Copy a damaged line to a file beside its journal, where that can be written."""
+    try:
+        with _beside(line.path).open("ab") as file:
+            file.write(line.text + b"\n")
+    except OSError:
+        return False
+    return True
 
 
-def journalled(store: Path) -> Iterator[dict[str, Any]]:
+def journalled(store: Path, *, aside: bool = False) -> Iterator[dict[str, Any]]:
     """Read every row of a store; warn of a line that is damaged and go on.
 
+    Args:
+        aside: copy a damaged line to a file beside its journal; from then on readers pass over
+            it in silence. The journal stays as it is, for only its own writer may touch it: a
+            line that looks torn while it is being written is a row again when it is whole.
     Raises:
         ValueError: a row was written by a later moelab.
     """
     for line in lines(store):
         if line.row is None:
-            warnings.warn(f"{line.path}:{line.number} is {line.damage}; left out", stacklevel=2)
+            done = "left out"
+            if aside and _set_aside(line):
+                done = f"set aside in {_beside(line.path).name}"
+            warnings.warn(f"{line.path}:{line.number} is {line.damage}; {done}", stacklevel=2)
             continue
         schema = line.row["schema"]
         if schema > SCHEMA_VERSION:

@@ -207,10 +207,9 @@ def _answered(
 ) -> list[dict[str, Any]]:
     """Answer with this process's Triton."""
     questions = [settled(question) for question in questions]
-    records.set_aside(store)
     known = {
         records.key(row): row
-        for row in records.journalled(store)
+        for row in records.journalled(store, aside=True)
         if row["status"] not in records.UNANSWERED
     }
     asked = [asked_row(question, mode) for question in questions]

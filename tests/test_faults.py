@@ -94,6 +94,21 @@ def test_a_hang_ends_within_its_timeout_and_two_seconds(tmp_path):
     assert statuses(tmp_path) == {1: "ok", HANG: "timeout"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lds", "full"])
+def test_a_compile_that_hangs_in_llvm_ends_within_its_timeout_and_two_seconds(mode):
+    """64 stages of this tile take more than 90 s."""
+    hang = real("256x256x128", warps=8, m=8704, stages=64)[0]
+    questions = {"hang": hang, "well": real(stages=1)[0]}
+    began = time.monotonic()
+    answers = dict(sweep.compile_all(questions, mode, 2, timeout_s=6))
+    assert time.monotonic() - began < 8
+    assert {key: answer["status"] for key, answer in answers.items()} == {
+        "hang": "timeout",
+        "well": "ok",
+    }
+
+
 @pytest.mark.parametrize("memory", [0, 1, sweep.LEAST_MEMORY - 1])
 def test_memory_in_which_no_compiler_starts_is_refused(tmp_path, memory):
     with pytest.raises(ValueError, match=rf"memory = {memory:,} bytes; a compiler needs 536,870"):

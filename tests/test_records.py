@@ -348,7 +348,7 @@ def test_a_damaged_line_is_set_aside_once_and_stays_where_it_was(tmp_path):
     damaged = path.read_bytes().replace(b"1536", b"1537")[:-9]
     path.write_bytes(damaged)
     with pytest.warns(UserWarning) as warned:
-        records.set_aside(tmp_path)
+        list(records.journalled(tmp_path, aside=True))
     aside = path.with_name(f"{path.name}.damaged")
     assert [str(w.message) for w in warned] == [
         f"{path}:2 is not the row that was written: its checksum is another; "
@@ -359,7 +359,7 @@ def test_a_damaged_line_is_set_aside_once_and_stays_where_it_was(tmp_path):
     assert aside.read_bytes().splitlines() == damaged.splitlines()[1:]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        records.set_aside(tmp_path)
+        list(records.journalled(tmp_path, aside=True))
         assert list(records.read(tmp_path)["m"]) == [512]
 
 
@@ -368,7 +368,7 @@ def test_a_line_that_was_half_written_when_set_aside_is_a_row_when_it_is_whole(t
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     with pytest.warns(UserWarning, match="set aside"):
-        records.set_aside(tmp_path)
+        list(records.journalled(tmp_path, aside=True))
     path.write_bytes(whole)
     assert list(records.read(tmp_path)["m"]) == [512, 1536]
 
