@@ -133,40 +133,28 @@ def _located(name: str) -> Path:
     )
 
 
-def _rows_at(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows_at(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give every row of a store or an export as it lies there, and where."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if path.is_dir():
-        for file in sorted(path.glob("*.jsonl")):
-            for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-                where = f"{file}, line {number}"
-                try:
-                    yield where, json.loads(line)
-                except (ValueError, RecursionError):
-                    raise ValueError(f"{where}: not a row; the line is torn or damaged") from None
+        for line in records.lines(path):
+            where = f"{line.path}, line {line.number}"
+            if line.row is None:
+                raise ValueError(f"{where}: {line.damage}")
+            yield where, line.row
         return
-    try:
-        # Without checksums a flipped bit is another number.
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as Parquet: {reason}") from None
+    table = records.stored(path)
     if "schema" not in table.column_names or "status" not in table.column_names:
         raise ValueError(f"{path}: not rows of moelab: no column schema or status")
     for number, row in enumerate(table.to_pylist(), start=1):
         yield f"{path}, row {number}", row
 
 
-def _check(where: str, row: Any) -> None:
+def _check(where: str, row: dict[str, Any]) -> None:
     """Refuse a row that doesn't say what a row says.
 
     Raises:
         ValueError: naming where it is, the column and its value.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a row: {inert(row)}")
     schema = row.get("schema")
     if type(schema) is not int or not 1 <= schema <= records.SCHEMA_VERSION:
         raise ValueError(

@@ -66,7 +66,43 @@ def _share(_context: Any, _parameter: Any, text: str) -> float:
     return share
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 100})
+def _bytes(_context: Any, _parameter: Any, text: str | None) -> int | None:
+    """Read ``8G``, ``512M`` or a number of bytes."""
+    if text is None:
+        return None
+    number, unit = text[:-1], "KMGT".find(text[-1:].upper()) + 1
+    try:
+        return int(float(number if unit else text) * 1024**unit)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{text}: give a size such as 8G or 512M") from None
+
+
+_memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    callback=_bytes,
+    help="That a compile may take, such as 8G; if not given, half of this machine's.",
+)
+
+
+class _DiskFull(click.ClickException):
+    """No room; what was finished is kept, and the same command goes on."""
+
+    exit_code = 4
+
+
+class _Interruptible(click.Group):
+    """Ends with 130 after Ctrl-C, as a shell expects, and says what is kept."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as stopped:
+            click.echo(f"\n{str(stopped) or 'interrupted'}", err=True)
+            raise SystemExit(130) from None
+
+
+@click.group(cls=_Interruptible, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(__version__)
 def app() -> None:
     """Which Triton kernels fit the LDS, why not, and what fits instead: told without a GPU."""
@@ -98,6 +134,7 @@ def app() -> None:
 @_triton
 @_store
 @_jobs
+@_memory
 @_as_json
 def sweep(
     kernel: str,
@@ -120,9 +157,14 @@ def sweep(
     tritons: tuple[str, ...],
     store: Path,
     jobs: int | None,
+    memory: int | None,
     as_json: bool,
 ) -> None:
     """Tell the exact LDS of every configuration of a grid, without a GPU.
+
+    What was finished is kept however a sweep ends, and the same command asks only for the rest.
+    Ends with 0 where every configuration has its row, 1 where the machine lacks something, 2
+    after wrong use, 4 where the disk is full, 130 after Ctrl-C.
 
     \b
     Example:
@@ -148,7 +190,7 @@ def sweep(
             scale_layout=scale_layout,
             fast_accum=fast_accum,
         )
-        rows, told = _asked(configurations, tritons, store, full, maps, jobs)
+        rows, told = _asked(configurations, tritons, store, full, maps, jobs, memory)
         if export is not None:
             records.export(rows, export)
     if as_json:
@@ -160,14 +202,17 @@ def sweep(
 
 @contextlib.contextmanager
 def _wrong_use() -> Iterator[None]:
-    """Tell what the user gave from what the machine lacks: exit codes 2 and 1."""
+    """Tell what the user gave from what the machine lacks: exit codes 2 and 1; 4 is room."""
     from .bench import MeasureError
     from .launches import LaunchError
     from .parameters import ParameterError
+    from .records import DiskFullError
     from .toolchain import ToolchainError
 
     try:
         yield
+    except DiskFullError as error:
+        raise _DiskFull(str(error)) from None
     except (ParameterError, LaunchError) as error:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError, ToolchainError, MeasureError) as error:
@@ -181,18 +226,20 @@ def _asked(
     full: bool,
     maps: bool,
     jobs: int | None,
+    memory: int | None,
 ) -> tuple[pd.DataFrame, list[Told]]:
     """Ask each Triton, and with ``maps`` also what async copy changed of each map."""
     from dataclasses import replace
 
     from . import lds_map, sweep
 
-    rows = sweep.each(questions, store, tritons, full=full, maps=maps, jobs=jobs)
+    limits: dict[str, Any] = {"jobs": jobs, "memory": memory}
+    rows = sweep.each(questions, store, tritons, full=full, maps=maps, **limits)
     if not maps:
         return rows, []
     switched = [of for of in questions if of.async_copy not in (None, False)]
     off = [replace(of, async_copy=False) for of in switched]
-    return rows, lds_map.tell(rows, sweep.each(off, store, tritons, maps=True, jobs=jobs))
+    return rows, lds_map.tell(rows, sweep.each(off, store, tritons, maps=True, **limits))
 
 
 def _show(rows: pd.DataFrame) -> None:
@@ -680,6 +727,7 @@ def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:
 @_triton
 @_store
 @_jobs
+@_memory
 @_as_json
 def lds(
     kernel: str,
@@ -693,6 +741,7 @@ def lds(
     tritons: tuple[str, ...],
     store: Path,
     jobs: int | None,
+    memory: int | None,
     as_json: bool,
 ) -> None:
     """Tell the exact LDS of anybody's kernel, without a GPU.
@@ -715,7 +764,7 @@ def lds(
         questions = plan.launches(
             kernel, launch, targets=target, stages=stages, warps=warps, async_copy=async_copy
         )
-        rows, told = _asked(questions, tritons, store, full, maps, jobs)
+        rows, told = _asked(questions, tritons, store, full, maps, jobs, memory)
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:

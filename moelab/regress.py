@@ -57,7 +57,7 @@ _DEPTH = {"lds": 0, "map": 0, "full": 1, "measured": 2}
 _TOLD_BY_ALL = ("ok", "out_of_lds", "out_of_tmem")
 
 # These say nothing of the configuration.
-_TRANSIENT = ("timeout", "out_of_memory", "unavailable")
+_TRANSIENT = ("timeout", "out_of_host_memory", "out_of_memory", "unavailable")
 
 # What more of is worse, and what less of is; the rest is only told.
 _WORSE_MORE = ("spilled_registers", "scratch_bytes")

@@ -1,14 +1,16 @@
 """Questions become rows: compiled on all cores, journalled as they come.
 
 Launches that compile to the same code are compiled once, and each question gets its
-row. A second run compiles only what no row of the store answers yet; what crashed
-or timed out is asked again.
+row. A second run compiles only what no row of the store answers yet; what crashed,
+timed out or ran out of memory is asked again. Each compile has a time and a memory limit in
+a process of its own, which ends with this one: a kernel that kills its compiler costs a row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import itertools
 import json
@@ -16,12 +18,13 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,8 +42,21 @@ Q = TypeVar("Q", bound=Configuration | KernelLaunch)
 # Of a healthy compile; the longest seen took 40 s, num_stages=64 more than 90 s.
 TIMEOUT_S = 120
 
+# What a worker takes before it compiles: 235 MB with a CPU build of PyTorch.
+LEAST_MEMORY = 512 << 20
+
+# How LLVM, the C++ library and ptxas end where memory does.
+_NO_MEMORY = re.compile(
+    r"^(LLVM ERROR: out of memory|.*std::bad_alloc|ptxas\S* fatal *: Memory allocation failure)",
+    re.MULTILINE,
+)
+
 # A failing ptxas prints thousands of lines.
 _REASON_CHARACTERS = 800
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a sweep; the message says what is kept and how to go on."""
 
 
 def run(
@@ -52,6 +68,7 @@ def run(
     jobs: int | None = None,
     progress: bool = True,
     timeout_s: float = TIMEOUT_S,
+    memory: int | None = None,
     triton: str | None = None,
 ) -> pd.DataFrame:
     """Answer every question from the store or the compiler.
@@ -63,21 +80,29 @@ def run(
         jobs: processes; None takes every core.
         progress: show on stderr how many questions are left.
         timeout_s: after this a compile is ended and its row says so.
+        memory: bytes that a compile may take; None is half of this machine's.
         triton: which one answers, as `toolchain.find` names it; None is this process's.
     Returns:
         one row per question, in their order: `records.COLUMNS`.
     Raises:
-        ValueError: fewer than one job, or a launch that does not describe its kernel.
-        OSError: the store can't be written to.
+        ValueError: fewer than one job, too little memory, or a launch that does not describe
+            its kernel.
+        OSError: the store can't be written to; `records.DiskFullError` where it is full.
         ToolchainError: no such Triton, or it does not start.
+        Interrupted: Ctrl-C; the rows that were finished are in the store.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs}; give 1 or more, or leave it out for every core")
+    if memory is not None and memory < LEAST_MEMORY:
+        raise ValueError(
+            f"memory = {memory:,} bytes; a compiler needs {LEAST_MEMORY:,} to start: give more"
+        )
     options: dict[str, Any] = {
         "mode": "full" if full else "map" if maps else "lds",
         "jobs": jobs,
         "progress": progress,
         "timeout_s": timeout_s,
+        "memory": memory,
     }
     store = Path(store)
     chosen = toolchain.find(triton)
@@ -117,12 +142,18 @@ def _answered_by(
     """Let a process of another Triton answer, which writes to the same store."""
     request = pickle.dumps((questions, store.absolute(), options))
     with chosen.environment() as environment:
-        process = subprocess.run(
-            [chosen.python, "-c", "from moelab import sweep; sweep.serve()"],
-            input=request,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+        try:
+            process = subprocess.run(
+                [chosen.python, "-c", "from moelab import sweep; sweep.serve()"],
+                input=request,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; what {chosen.name} finished is in {store}, and the same command "
+                "asks only for the rest"
+            ) from None
     lines = process.stdout.splitlines()
     if process.returncode or not lines:
         # Says why, if it is that the Python or its Triton does not start.
@@ -138,7 +169,12 @@ def _answered_by(
 
 
 # What `_answered` raises of a question, the narrowest first.
-_RAISED = {"LaunchError": LaunchError, "ValueError": ValueError, "OSError": OSError}
+_RAISED = {
+    "LaunchError": LaunchError,
+    "ValueError": ValueError,
+    "DiskFullError": records.DiskFullError,
+    "OSError": OSError,
+}
 
 
 def serve() -> None:
@@ -167,12 +203,13 @@ def _answered(
     jobs: int | None,
     progress: bool,
     timeout_s: float,
+    memory: int | None,
 ) -> list[dict[str, Any]]:
     """Answer with this process's Triton."""
     questions = [settled(question) for question in questions]
     known = {
         records.key(row): row
-        for row in records.journalled(store)
+        for row in records.journalled(store, aside=True)
         if row["status"] not in records.UNANSWERED
     }
     asked = [asked_row(question, mode) for question in questions]
@@ -180,8 +217,7 @@ def _answered(
     for index, row in enumerate(asked):
         if records.key(row) not in known:
             missing[row["compile_key"]].append(index)
-    left = sum(map(len, missing.values()))
-    with records.Journal(store) as journal, progress_bar(len(asked), left, progress) as bar:
+    if missing:
         # Another question's row may answer what compiles to the same code.
         stored = {
             row.get("compile_key"): answer_of(row)
@@ -191,16 +227,29 @@ def _answered(
         to_compile = {
             key: questions[indices[0]] for key, indices in missing.items() if key not in stored
         }
-        answers = itertools.chain(
-            ((key, stored[key]) for key in missing if key in stored),
-            compile_all(to_compile, mode, jobs or cores(), timeout_s),
-        )
-        for key, answer in answers:
-            for index in missing[key]:
-                row = asked[index] | answer
-                journal.append(row)
-                known[records.key(row)] = row
-            bar.update(len(missing[key]))
+        compiled = compile_all(to_compile, mode, jobs or cores(), timeout_s, memory=memory)
+        # What is known at once is written at once: each `append` waits for the disk.
+        at_once = {key: stored[key] for key in missing if key in stored}
+        answers = itertools.chain([at_once], ({key: answer} for key, answer in compiled))
+        left = sum(map(len, missing.values()))
+        try:
+            with (
+                contextlib.closing(compiled),
+                records.Journal(store) as journal,
+                records.room_at(store),
+                progress_bar(len(asked), left, progress) as bar,
+            ):
+                for found in answers:
+                    rows = [asked[i] | found[key] for key in found for i in missing[key]]
+                    journal.append(*rows)
+                    known |= {records.key(row): row for row in rows}
+                    left -= len(rows)
+                    bar.update(len(rows))
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; {len(asked) - left} of {len(asked)} rows are in {store}, and the "
+                f"same command asks only for the other {left}"
+            ) from None
     return [known[records.key(row)] for row in asked]
 
 
@@ -320,22 +369,25 @@ def compile_all(
     jobs: int,
     timeout_s: float,
     cache: Path | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    memory: int | None = None,
+) -> Generator[tuple[str, dict[str, Any]], None, None]:
     """Yield each key's answer as it comes; a failure is an answer too.
 
     Args:
         mode: one of `records.MODES`.
         cache: a Triton cache to leave the code of a full compile in.
+        memory: bytes that a compile may take; None is half of this machine's.
     """
     from pebble import ProcessPool
 
     if not questions:
         return
+    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     with tempfile.TemporaryDirectory(prefix="moelab-") as logs, _script_left_out():
         pool = ProcessPool(
             max_workers=min(jobs, len(questions)),
             initializer=_start_worker,
-            initargs=[os.getpid()],
+            initargs=[os.getpid(), memory],
             # Triton and LLVM threads do not survive a fork.
             context=multiprocessing.get_context("spawn"),
         )
@@ -344,12 +396,13 @@ def compile_all(
             for key, question in questions.items():
                 log = Path(logs) / key
                 future = pool.schedule(
-                    _compile_one, args=[question, mode, log, cache], timeout=timeout_s
+                    _within, args=[timeout_s, _compile_one, question, mode, log, cache]
                 )
                 keys[future] = key
             for done in as_completed(keys):
                 key = keys[done]
-                yield key, _outcome(done, questions[key], Path(logs) / key, timeout_s)
+                log = Path(logs) / key
+                yield key, _outcome(done, questions[key], log, timeout_s, memory)
             pool.close()
         finally:
             # Whatever ended the loop: no worker compiles on for nobody.
@@ -375,33 +428,55 @@ def _script_left_out() -> Iterator[None]:
 
 
 def _outcome(
-    future: Future[Any], question: Question | CapturedLaunch, log: Path, timeout_s: float
+    future: Future[Any],
+    question: Question | CapturedLaunch,
+    log: Path,
+    timeout_s: float,
+    memory: int,
 ) -> dict[str, Any]:
-    """Turn a worker's result, its failure or its death into an answer."""
+    """Turn a worker's result, its failure or its death into an answer.
+
+    Raises:
+        OSError: the disk is full, of which no row is guilty.
+    """
     from pebble import ProcessExpired
 
     target = targets.get(question.target)
     try:
         return future.result()
     except compiler.CompileError as error:
-        return _stamped("compile_error", words_of(str(error), log), target)
-    except TimeoutError:
-        return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
+        status, words = "compile_error", words_of(str(error), log)
+        no_memory = bool(_NO_MEMORY.search(str(error)))
     except ProcessExpired as died:
+        if died.exitcode == -signal.SIGALRM:
+            return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
         how = f"exit code {died.exitcode}"
         if died.exitcode is not None and died.exitcode < 0:
             how = signal.Signals(-died.exitcode).name
-        return _stamped(
-            "crashed", words_of(f"the compiler's process died: {how}", log, died=True), target
-        )
+        words = words_of(f"the compiler's process died: {how}", log, died=True)
+        printed = _printed(log)
+        if (no_room := os.strerror(errno.ENOSPC)) in printed:
+            raise OSError(errno.ENOSPC, no_room, tempfile.gettempdir()) from None
+        status, no_memory = "crashed", bool(_NO_MEMORY.search(printed))
     except Exception as error:
+        if isinstance(error, OSError) and records.is_full(error):
+            raise
         # Neither the kernel's fault nor worth the sweep: the row says what it was.
-        return _stamped("crashed", words_of(f"{type(error).__name__}: {error}", log), target)
+        status, words = "crashed", words_of(f"{type(error).__name__}: {error}", log)
+        # Of Python, or of a `fork` for ptxas.
+        no_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+    if no_memory:
+        status, words = "out_of_host_memory", f"needs more than {memory:,} bytes: {words}"
+    return _stamped(status, words, target)
+
+
+def _printed(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def words_of(message: str, log: Path, died: bool = False) -> str:
     """Join what was raised with what the compiler printed as errors."""
-    printed = log.read_text(errors="replace").splitlines() if log.exists() else []
+    printed = _printed(log).splitlines()
     errors = [line.strip() for line in printed if "error" in line.lower()]
     if died and not errors:
         errors = printed[-5:]
@@ -415,10 +490,28 @@ def words_of(message: str, log: Path, died: bool = False) -> str:
     return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 3] + "..."
 
 
-def _start_worker(parent: int) -> None:
-    """Leave interrupts to the parent, and die with it."""
+def _start_worker(parent: int, memory: int | None = None) -> None:
+    """Leave interrupts to the parent, die with it, and take no more memory than is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The pool's handler waits until LLVM returns to Python, and the pool three seconds for it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(parent)
+    subprocess.Popen = _Attached  # type: ignore[misc]
+    if memory is not None:
+        # What a process may write to: RLIMIT_AS counts libraries and reserved addresses, too.
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+class _Attached(subprocess.Popen[Any]):
+    """A worker's ptxas or linker: hanging, it must not outlive the worker that waits for it."""
+
+    def __init__(self, *args: Any, **options: Any):
+        worker = os.getpid()
+        # LLVM catches interrupts, which would undo that its children ignore them.
+        options["preexec_fn"] = lambda: _start_worker(worker)
+        super().__init__(*args, **options)
 
 
 def _die_with(parent: int) -> None:
@@ -428,6 +521,20 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _within(timeout_s: float, compile_one: Callable[..., Any], *arguments: Any) -> Any:
+    """Let the kernel end a worker that takes too long, whatever it is in.
+
+    The pool's own timeout reads the wall clock: set forward by an hour, it would end every
+    compile; set back, none.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        return compile_one(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _compile_one(

@@ -127,7 +127,7 @@ def test_rows_are_exported_on_request(swept, no_workers, tmp_path):
 def answer_all(monkeypatch, status, reason=None):
     """Give every configuration the same answer, without compiling."""
 
-    def answer(configurations, full, jobs, timeout_s):
+    def answer(configurations, full, jobs, timeout_s, memory):
         for key, configuration in configurations.items():
             yield key, sweep._stamped(status, reason, TARGETS[configuration.target])
 
@@ -501,7 +501,7 @@ def test_measurements_without_their_columns_are_an_error_before_anything_is_comp
 def test_without_a_tile_every_published_one_is_answered(tmp_path, monkeypatch):
     """What has fewer than 128 rows, or one stage, fits; some of the rest in one launch alone."""
 
-    def answer(configurations, full, jobs, timeout_s):
+    def answer(configurations, full, jobs, timeout_s, memory):
         for key, c in configurations.items():
             large = c.tile.block_m == 128 and c.num_stages > 1
             narrow = c.tile.block_n < 512 and c.problem.layer == 1
@@ -1090,3 +1090,57 @@ def test_a_report_that_can_not_be_made_exits_2_and_overwrites_nothing(sides, tmp
         or ("no cell is in both" in result.stderr)
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# How commands end.
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        (records.DiskFullError("rows: No space left on device"), 4, "Error: rows: No space left"),
+        (
+            sweep.Interrupted("interrupted; 3 of 4 rows are in rows"),
+            130,
+            "interrupted; 3 of 4 rows",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError("the store can't be written to"), 1, "Error: the store can't be written to"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sweep", "lds"])
+def test_how_a_sweep_ended_is_its_exit_code_and_its_words(
+    tmp_path, monkeypatch, command, ending, code, said
+):
+    def end(*_, **__):
+        raise ending
+
+    monkeypatch.setattr(sweep, "each", end)
+    monkeypatch.setattr("moelab.plan.launches", lambda *_, **__: [])
+    given = EXAMPLE[1:] if command == "sweep" else ["a.py:a", "a.json", "--target", "gfx950"]
+    result = run(command, *given, "--store", tmp_path)
+    assert result.exit_code == code
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "read"),
+    [("8G", 8 << 30), ("1.5g", 3 << 29), ("700M", 700 << 20), (str(1 << 31), 1 << 31)],
+)
+def test_a_memory_limit_is_read_with_its_unit(tmp_path, monkeypatch, size, read):
+    given = {}
+
+    def each(*_, **options):
+        given.update(options)
+        return records.frame([])
+
+    monkeypatch.setattr(sweep, "each", each)
+    assert run(*EXAMPLE, "--store", tmp_path, "--memory", size).exit_code == 0
+    assert given["memory"] == read
+
+
+@pytest.mark.parametrize("size", ["much", "8X", "", "G", "inf", "1e999G"])
+def test_a_memory_limit_that_is_no_size_is_refused(tmp_path, size):
+    result = run(*EXAMPLE, "--store", tmp_path, "--memory", size)
+    assert result.exit_code == 2
+    assert "give a size such as 8G or 512M" in result.stderr

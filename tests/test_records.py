@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
+import warnings
 
 import pandas as pd
 import pytest
@@ -195,7 +198,7 @@ def test_columns_that_a_row_lacks_are_missing_and_others_are_left_out(tmp_path):
 
 def test_a_line_that_is_json_but_no_row_is_left_out(tmp_path):
     write(tmp_path, ROW, {"kernel": "moe_gemm_a8w8"})
-    with pytest.warns(UserWarning, match=r"jsonl:2 is not a row; left out"):
+    with pytest.warns(UserWarning, match=r"jsonl:2 is not a row: .*; left out"):
         assert len(records.read(tmp_path)) == 1
 
 
@@ -278,6 +281,35 @@ def test_a_store_that_cannot_be_made_raises(tmp_path):
         Journal(tmp_path / "file")
 
 
+def test_rows_appended_together_are_read_back_in_order(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.append(*(ROW | {"m": m} for m in range(5)))
+    assert list(records.read(tmp_path)["m"]) == list(range(5))
+
+
+def test_a_line_is_json_whatever_else_it_is(tmp_path):
+    line = write(tmp_path, ROW).read_text()
+    row = json.loads(line)
+    assert {name: row[name] for name in ROW} == ROW
+    assert line.count("\n") == 1
+
+
+def test_a_later_writer_wins_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    for hours, lds_bytes in ((0, 1), (-1, 2), (-2, 3), (5, 4), (-100_000, 5)):
+        now = time.time_ns() + hours * 3_600_000_000_000
+        monkeypatch.setattr(records.time, "time_ns", lambda now=now: now)
+        write(tmp_path, ROW | {"lds_bytes": lds_bytes})
+        assert list(records.read(tmp_path)["lds_bytes"]) == [lds_bytes]
+        monkeypatch.undo()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_row_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError) as error:
+        Journal(tmp_path)
+    assert str(error.value) == f"{tmp_path}: rows can't be written there; choose another store"
+
+
 # Broken and foreign files.
 
 
@@ -288,7 +320,9 @@ def test_a_torn_last_line_is_left_out_and_named_and_the_others_are_kept(tmp_path
     with pytest.warns(UserWarning) as warned:
         found = records.read(tmp_path)
     assert sorted(found["m"]) == [512, 1536, 3584]
-    assert [str(w.message) for w in warned] == [f"{path}:3 is not a row; left out"]
+    assert [str(w.message) for w in warned] == [
+        f"{path}:3 is not a row: the line is torn or damaged; left out"
+    ]
     assert other != path
 
 
@@ -300,6 +334,43 @@ def test_a_line_that_is_no_row_is_left_out_wherever_it_is(tmp_path, line):
     path.write_bytes(line + b"\n" + path.read_bytes())
     with pytest.warns(UserWarning, match=r"\.jsonl:1 is not a row"):
         assert len(records.read(tmp_path)) == 1
+
+
+def test_a_line_without_its_checksum_is_a_row_of_an_earlier_schema_alone(tmp_path):
+    path = tmp_path / "rows-1.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(OLD_ROW[4]) + "\n")
+    with pytest.warns(UserWarning, match=r"rows-1.jsonl:1 is not the row that was written"):
+        assert list(records.read(tmp_path)["schema"]) == [4]
+
+
+def test_a_damaged_line_is_set_aside_once_and_stays_where_it_was(tmp_path):
+    path = write(tmp_path, ROW, ROW | {"m": 1536}, ROW | {"m": 2560})
+    damaged = path.read_bytes().replace(b"1536", b"1537")[:-9]
+    path.write_bytes(damaged)
+    with pytest.warns(UserWarning) as warned:
+        list(records.journalled(tmp_path, aside=True))
+    aside = path.with_name(f"{path.name}.damaged")
+    assert [str(w.message) for w in warned] == [
+        f"{path}:2 is not the row that was written: its checksum is another; "
+        f"set aside in {aside.name}",
+        f"{path}:3 is not a row: the line is torn or damaged; set aside in {aside.name}",
+    ]
+    assert path.read_bytes() == damaged
+    assert aside.read_bytes().splitlines() == damaged.splitlines()[1:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(records.journalled(tmp_path, aside=True))
+        assert list(records.read(tmp_path)["m"]) == [512]
+
+
+def test_a_line_that_was_half_written_when_set_aside_is_a_row_when_it_is_whole(tmp_path):
+    path = write(tmp_path, ROW, ROW | {"m": 1536})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.warns(UserWarning, match="set aside"):
+        list(records.journalled(tmp_path, aside=True))
+    path.write_bytes(whole)
+    assert list(records.read(tmp_path)["m"]) == [512, 1536]
 
 
 def test_rows_of_a_later_moelab_are_refused_with_what_to_do(tmp_path):
@@ -361,7 +432,7 @@ def test_an_export_that_fails_midway_leaves_the_last_one_alone(tmp_path):
         [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True
     )
     assert process.returncode == 1
-    assert "OSError" in process.stderr
+    assert "DiskFullError" in process.stderr and "File too large" in process.stderr
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -81,6 +81,7 @@ WRONG = {"status": "wrong_result"}
         (REFUSED, REFUSED, "passed"),
         (REJECTED, REFUSED, "changed"),
         ({}, {"status": "timeout"}, "inconclusive"),
+        ({}, {"status": "out_of_host_memory"}, "inconclusive"),
         ({"status": "crashed"}, {}, "inconclusive"),
         ({"status": "timeout"}, {"status": "timeout"}, "inconclusive"),
     ],

@@ -44,7 +44,7 @@ def asked(monkeypatch):
     """Answer without compiling; collect what would have been compiled."""
     seen = []
 
-    def pretend(configurations, full, jobs, timeout_s):
+    def pretend(configurations, full, jobs, timeout_s, memory):
         for key, configuration in configurations.items():
             seen.append(configuration)
             target = targets.get(configuration.target)
@@ -309,7 +309,7 @@ def test_a_failure_of_the_machine_answers_no_other_configuration(tmp_path, asked
 
 
 def test_rows_that_were_compiled_survive_an_interrupt(tmp_path, monkeypatch):
-    def interrupted(configurations, full, jobs, timeout_s):
+    def interrupted(configurations, full, jobs, timeout_s, memory):
         yield next(iter(configurations)), sweep._stamped("ok", None, targets.get("gfx950"))
         raise KeyboardInterrupt
 

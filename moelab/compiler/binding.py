@@ -308,15 +308,23 @@ def _binder(fn: Any, target: str) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def settings(launch: Launch, cache: Path | None = None) -> Iterator[None]:
-    """Apply a launch's compiler switches, and a cache that nobody else wrote to."""
+    """Apply a launch's compiler switches, and a cache that nobody else wrote to.
+
+    What a cache says is believed: edited metadata comes back as the compiler's answer. So do
+    an overriding stage and what a cache manager of the user's fetches from elsewhere.
+    """
     from triton import knobs
+    from triton.runtime.cache import FileCacheManager
 
     with contextlib.ExitStack() as stack:
         folder = cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
         stack.enter_context(_environment(launch.environment))
         stack.enter_context(knobs.amd.scope())
         stack.enter_context(knobs.cache.scope())
+        stack.enter_context(knobs.compilation.scope())
         knobs.cache.dir = str(folder)
+        knobs.cache.manager_class = FileCacheManager
+        knobs.compilation.override = False
         if launch.async_copy is not None:
             knobs.amd.use_async_copy = launch.async_copy
         yield

@@ -1,0 +1,541 @@
+"""What a sweep survives, fault by fault: no row lost, none done twice, nobody else blamed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import faults
+import pytest
+from faults import ABORT, EXIT, HANG, HANGING_HELPER, HOG, SEGFAULT, STUMBLE, Sweep
+from pandas.testing import assert_frame_equal
+from test_records import ROW
+
+from moelab import compiler, plan, records, sweep
+
+SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
+
+short_and_long = pytest.mark.parametrize(
+    "times", [8, pytest.param(100, marks=pytest.mark.slow)], ids="{} times".format
+)
+
+
+def kept(store):
+    """The stage counts that a store's lines have, sorted: a row done twice is there twice."""
+    return sorted(line.row["num_stages"] for line in records.lines(store) if line.row)
+
+
+def statuses(store):
+    return records.read(store).set_index("num_stages")["status"].to_dict()
+
+
+# Compilers that die, hang and take memory.
+
+
+@pytest.fixture(scope="module")
+def survived(tmp_path_factory):
+    """48 compiles that are well, and one of each fault, anywhere among them."""
+    store = tmp_path_factory.mktemp("faults") / "rows"
+    bad = [ABORT, SEGFAULT, EXIT, HANG, HANGING_HELPER, HOG, STUMBLE]
+    stages = [*range(1, 49), *bad]
+    random.Random(7).shuffle(stages)
+    ended = Sweep(store, stages, jobs=2, timeout_s=2, memory=1 << 30).end()
+    return store, ended
+
+
+def test_48_of_48_good_results_are_kept_and_nobody_else_is_blamed(survived):
+    store, (code, err, told) = survived
+    assert code == 0, err
+    assert len(told) == 55
+    good = {stages: status for stages, status in statuses(store).items() if stages > 0}
+    assert good == dict.fromkeys(range(1, 49), "ok")
+
+
+def test_each_culprit_is_named_with_what_it_did(survived):
+    store, _ = survived
+    rows = records.read(store)
+    bad = rows[rows["num_stages"] < 0].set_index("num_stages")
+    assert dict(zip(bad.index, zip(bad["status"], bad["reason"], strict=True), strict=True)) == {
+        ABORT: ("crashed", "the compiler's process died: SIGABRT\nLLVM ERROR: cannot select"),
+        SEGFAULT: ("crashed", "the compiler's process died: SIGSEGV"),
+        EXIT: ("crashed", "the compiler's process died: exit code 7"),
+        STUMBLE: ("crashed", "RuntimeError: a fault of moelab's"),
+        HANG: ("timeout", "not finished after 2 s"),
+        HANGING_HELPER: ("timeout", "not finished after 2 s"),
+        HOG: ("out_of_host_memory", "needs more than 1,073,741,824 bytes: MemoryError: "),
+    }
+
+
+def test_nothing_outlives_a_sweep_not_even_what_a_hanging_compiler_started(survived):
+    store, _ = survived
+    assert faults.outlived(store) == {}
+
+
+def test_what_says_nothing_of_a_configuration_is_asked_again(survived, tmp_path):
+    store = shutil.copytree(survived[0], tmp_path / "rows")
+    stages = [1, ABORT, HOG, HANG]
+    _, _, told = Sweep(store, stages, timeout_s=1, memory=1 << 30).end()
+    assert sorted(told) == sorted([ABORT, HOG, HANG])
+
+
+def test_a_hang_ends_within_its_timeout_and_two_seconds(tmp_path):
+    process = Sweep(tmp_path, [1, HANG], timeout_s=1)
+    process.wait_for_a_row()
+    began = time.monotonic()
+    process.end()
+    assert 0.9 < time.monotonic() - began < 3
+    assert statuses(tmp_path) == {1: "ok", HANG: "timeout"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lds", "full"])
+def test_a_compile_that_hangs_in_llvm_ends_within_its_timeout_and_two_seconds(mode):
+    """64 stages of this tile take more than 90 s."""
+    hang = real("256x256x128", warps=8, m=8704, stages=64)[0]
+    questions = {"hang": hang, "well": real(stages=1)[0]}
+    began = time.monotonic()
+    answers = dict(sweep.compile_all(questions, mode, 2, timeout_s=6))
+    assert time.monotonic() - began < 8
+    assert {key: answer["status"] for key, answer in answers.items()} == {
+        "hang": "timeout",
+        "well": "ok",
+    }
+
+
+@pytest.mark.parametrize("memory", [0, 1, sweep.LEAST_MEMORY - 1])
+def test_memory_in_which_no_compiler_starts_is_refused(tmp_path, memory):
+    with pytest.raises(ValueError, match=rf"memory = {memory:,} bytes; a compiler needs 536,870"):
+        sweep.run([], tmp_path, memory=memory)
+
+
+REAL = {"kernels": "moe_gemm_a8w8", "async_copy": "on"}
+
+
+def real(tile="16x64x64", target="gfx950", **given):
+    return plan.grid(**{**REAL, "tiles": tile, "targets": target, "warps": 4, "m": 512} | given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_a_compile_that_needs_too_much_is_told_from_one_that_is_rejected(target):
+    """LLVM aborts where memory ends; ptxas, a process of its own, says so and fails."""
+    hog = real("512x512x64", target, warps=8, m=8704, stages=2)[0]
+    questions = {"hog": hog} | {str(of.num_stages): of for of in real(stages="1,2")}
+    memory = (300 if target == "sm_90" else 270) << 20
+    answers = dict(sweep.compile_all(questions, "full", 2, 120, memory=memory))
+    found = {key: answer["status"] for key, answer in answers.items()}
+    assert found == dict.fromkeys(questions, "ok") | {"hog": "out_of_host_memory"}
+    assert answers["hog"]["reason"].startswith(f"needs more than {memory:,} bytes: ")
+
+
+# A driver that is killed.
+
+
+def killed(store, stages, draw):
+    """Kill a sweep at a random moment, of four times once from its start, else from its first
+    row on; give what it had acknowledged.
+    """
+    process = Sweep(store, stages, jobs=2, sleep_s=0.002)
+    if draw.random() < 0.75:
+        process.wait_for_a_row()
+    time.sleep(draw.uniform(0, 0.5))
+    process.process.kill()
+    return process.end()[2]
+
+
+@short_and_long
+def test_a_kill_loses_no_acknowledged_row_doubles_none_and_leaves_no_orphan(tmp_path, times):
+    draw = random.Random(times)
+    told, finished, survivors = 0, 0, {}
+    store, acknowledged = tmp_path / "0", set()
+    for kill in range(times):
+        stages = range(1, 400)
+        new = killed(store, stages, draw)
+        survivors |= faults.outlived(store)
+        assert acknowledged.isdisjoint(new)
+        acknowledged |= set(new)
+        told += len(new)
+        with warnings.catch_warnings():
+            # Of the line that was being written.
+            warnings.simplefilter("ignore")
+            assert acknowledged <= set(kept(store))
+            assert len(kept(store)) == len(set(kept(store)))
+        if len(acknowledged) == len(stages):
+            finished += 1
+            store, acknowledged = tmp_path / str(kill + 1), set()
+    code, err, _ = Sweep(store, stages).end()
+    assert code == 0, err
+    assert kept(store) == list(stages)
+    assert survivors == {}
+    # The kills did fall into the work.
+    assert told > times / 2
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_the_real_compiler_goes_on_where_it_was(tmp_path):
+    given = ["--kernel", "moe_gemm_a8w8", "--target", "gfx950", "--tile", "16x64x64,32x64x64"]
+    given += ["--warps", "4", "--stages", "1,2,3,4", "--m", "512", "--async-copy", "both"]
+    command = [*SWEEP, *given, "--json"]
+    whole = subprocess.run([*command, "--store", tmp_path / "whole"], capture_output=True)
+    assert whole.returncode == 0, whole.stderr
+    store = tmp_path / "killed"
+    for rows in (1, 6, 11):
+        process = subprocess.Popen(
+            [*command, "--store", store],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {faults.MARK: str(store)},
+        )
+        while process.poll() is None and len(list(records.lines(store))) < rows:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert faults.outlived(store) == {}
+    resumed = subprocess.run([*command, "--store", store], capture_output=True)
+    assert resumed.stdout == whole.stdout
+    assert len(list(records.lines(store))) == 16
+
+
+# Two at once.
+
+
+def test_two_sweeps_into_one_store_at_once_lose_nothing(tmp_path):
+    both = [Sweep(tmp_path, of, jobs=2, sleep_s=0.002) for of in (range(1, 100), range(50, 150))]
+    told = [of.end() for of in both]
+    assert [code for code, _, _ in told] == [0, 0]
+    assert sorted(told[0][2] + told[1][2]) == kept(tmp_path)
+    assert statuses(tmp_path) == dict.fromkeys(range(1, 150), "ok")
+    assert Sweep(tmp_path, range(1, 150)).end()[2] == []
+
+
+# Disks.
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mount a tmpfs of a megabyte; `mounted` is called to change how it is mounted."""
+
+    def mount(*options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(options), "none", tmp_path], capture_output=True
+        )
+
+    if shutil.which("mount") is None or mount("size=1m").returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield lambda *options: mount("remount", *options)
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_full_disk_has_its_own_exit_code_and_loses_nothing(tmp_path, mounted):
+    store, stages = tmp_path / "rows", range(1, 2000)
+    code, err, told = Sweep(store, stages).end()
+    assert code == 4
+    assert err.startswith(f"Error: {store}/rows-")
+    assert "No space left on device" in err and "make room and run the same again" in err
+    assert 100 < len(told) == len(kept(store)) < len(stages)
+    # It says so again, and still loses nothing.
+    assert Sweep(store, stages).end()[0] == 4
+    mounted("size=16m")
+    code, err, more = Sweep(store, stages).end()
+    assert code == 0, err
+    assert kept(store) == list(stages)
+    assert set(told).isdisjoint(more)
+
+
+def test_a_limit_of_file_sizes_ends_a_sweep_as_a_full_disk_does(tmp_path):
+    for _ in range(20):
+        code, err, told = Sweep(tmp_path, range(1, 100), file_bytes=70_000).end()
+        if code == 0:
+            break
+        assert (code, len(told) > 0) == (4, True), err
+    assert kept(tmp_path) == list(range(1, 100))
+
+
+def test_a_full_temporary_folder_is_no_configurations_fault(tmp_path, mounted, monkeypatch):
+    with open(tmp_path / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(bytes(4096))
+    # Enough that Python takes the folder for usable.
+    os.truncate(tmp_path / "filler", os.stat(tmp_path / "filler").st_size - 8192)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(OSError) as error:
+        list(sweep.compile_all({"a": real(stages=2)[0]}, "full", 1, 60))
+    assert records.is_full(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_compiled(tmp_path, mounted):
+    assert Sweep(tmp_path, [1, 2]).end()[0] == 0
+    mounted("ro")
+    code, err, _ = Sweep(tmp_path, [1, 2, HANG]).end()
+    assert (code, err) == (
+        1,
+        f"Error: {tmp_path}: rows can't be written there; choose another store\n",
+    )
+    # What is known is still told.
+    assert Sweep(tmp_path, [1, 2]).end()[0] == 0
+
+
+def test_folders_have_any_name(tmp_path):
+    store = tmp_path / "with space" / "Ümläute ß 日本" / "quo'te\"s" / "$(x);`y`" / "*?[a]\n" / "-x"
+    code, err, told = Sweep(store, [1, 2, 3]).end()
+    assert (code, err, sorted(told)) == (0, "", [1, 2, 3])
+    path = records.export(records.read(store), store / "Ü '*.parquet")
+    assert set(records.read(path)["num_stages"]) == {1, 2, 3}
+    assert Sweep(store, [1, 2, 3, 4]).end()[2] == [4]
+
+
+# Damage.
+
+
+def rows_of(found):
+    return json.dumps(found, sort_keys=True)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """A journal of two rows; its bytes."""
+    with records.Journal(tmp_path) as writer:
+        writer.append(ROW, ROW | {"m": 1536})
+    return writer.path, writer.path.read_bytes()
+
+
+def read_damaged(path, content):
+    """Read a journal with this content: its rows, and what was said of the others."""
+    path.write_bytes(content)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rows = list(records.journalled(path.parent))
+    return [rows_of(row) for row in rows], [str(of.message) for of in said]
+
+
+def test_a_tail_torn_at_any_byte_costs_its_row_alone_and_is_named(journal):
+    path, whole = journal
+    rows, _ = read_damaged(path, whole)
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole)):
+        found, said = read_damaged(path, whole[:cut])
+        # All but the end of the line is the whole row.
+        complete = sum(end - 1 <= cut for end in ends)
+        assert found == rows[:complete]
+        torn = cut not in (0, *ends, *(end - 1 for end in ends))
+        assert len(said) == torn
+        assert all(words.startswith(f"{path}:{complete + 1} is not a row") for words in said)
+
+
+def test_of_300_flipped_bits_in_a_journal_none_changes_a_row_silently(journal):
+    path, whole = journal
+    rows, _ = read_damaged(path, whole)
+    for bit in random.Random(1).sample(range(8 * len(whole)), 300):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        found, said = read_damaged(path, bytes(damaged))
+        assert set(found) <= set(rows)
+        assert said or found == rows
+        assert all(str(path) in words for words in said)
+
+
+@pytest.fixture
+def export(tmp_path):
+    rows = [ROW | {"m": m, "time_us": m / 7, "async_copy": m % 3 == 0 or None} for m in range(50)]
+    path = records.export(records.frame(rows), tmp_path / "rows.parquet")
+    return path, path.read_bytes(), records.read(path)
+
+
+def reads_equal(path, content, rows):
+    """Read an export with this content: what it says of the damage, or the same rows."""
+    path.write_bytes(content)
+    try:
+        found = records.read(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return False
+    assert_frame_equal(found, rows)
+    return True
+
+
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_export_torn_at_any_byte_is_refused(export, step):
+    path, whole, rows = export
+    assert not any(reads_equal(path, whole[:cut], rows) for cut in range(0, len(whole), step))
+
+
+def test_of_300_flipped_bits_in_an_export_none_changes_a_row_silently(export):
+    path, whole, rows = export
+    unnoticed = 0
+    for bit in random.Random(2).sample(range(8 * len(whole)), 300):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        unnoticed += reads_equal(path, bytes(damaged), rows)
+    # Those in the name of the checksum itself, if any.
+    assert unnoticed <= 1
+
+
+# The compiler's cache.
+
+
+@pytest.fixture(scope="module")
+def users_cache(tmp_path_factory):
+    """What Triton left in a user's cache of a kernel, and its true LDS."""
+    folder = tmp_path_factory.mktemp("cache")
+    question = real(stages=2)[0]
+    with compiler.settings(compiler.specialize(question), folder):
+        true = compiler.full(compiler.specialize(question), folder)[0].lds_bytes
+        assert believed(question) == true > 1
+    return folder, question, true
+
+
+def believed(question):
+    """What Triton says of a kernel by itself, out of the cache that it is set to."""
+    import triton
+
+    launch = compiler.specialize(question)
+    compiled = triton.compile(
+        launch.ast, target=compiler.gpu_target(launch.target), options=dict(launch.options)
+    )
+    return compiled.metadata.shared
+
+
+def tamper(cache):
+    for path in cache.rglob("*.json"):
+        metadata = json.loads(path.read_text())
+        if "shared" in metadata:
+            path.write_text(json.dumps(metadata | {"shared": 1}))
+
+
+def truncate(cache):
+    for path in cache.rglob("*.*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: 10 if path.suffix == ".json" else 0])
+
+
+def override(question):
+    """Put something else where Triton looks for a stage that its user has edited."""
+    from triton.runtime.cache import get_override_manager
+
+    launch = compiler.specialize(question)
+    folder = Path(get_override_manager(launch.ast.hash()).cache_dir)
+    folder.mkdir(parents=True)
+    (folder / f"{launch.ast.name}.ttgir").write_text("not a module")
+
+
+DAMAGE = {"tampered": tamper, "truncated": truncate}
+
+
+@pytest.fixture(params=[*DAMAGE, "read-only", "full", "fetched", "overridden"])
+def bad_cache(request, users_cache, tmp_path, monkeypatch):
+    """Set this process, and what it starts, to a cache that lies, or takes nothing."""
+    folder, question, true = users_cache
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    if request.param in ("read-only", "full"):
+        mounted = request.getfixturevalue("mounted")
+        cache.mkdir()
+        if request.param == "read-only":
+            mounted("ro")
+        else:
+            mounted("size=4k")
+        with pytest.raises(OSError):
+            believed(question)
+    elif request.param == "fetched":
+        monkeypatch.setenv("TRITON_CACHE_MANAGER", "no_such_module:Manager")
+        with pytest.raises(ImportError):
+            believed(question)
+    elif request.param == "overridden":
+        monkeypatch.setenv("TRITON_KERNEL_OVERRIDE", "1")
+        monkeypatch.setenv("TRITON_OVERRIDE_DIR", str(cache))
+        override(question)
+        with pytest.raises(RuntimeError):
+            believed(question)
+    else:
+        shutil.copytree(folder, cache)
+        # It names its files by their absolute paths.
+        for index in cache.rglob("__grp__*.json"):
+            index.write_text(index.read_text().replace(str(folder), str(cache)))
+        DAMAGE[request.param](cache)
+    if request.param == "tampered":
+        with compiler.settings(compiler.specialize(question), cache):
+            assert believed(question) == 1
+    return question, true
+
+
+def test_no_cache_of_the_users_changes_a_byte(bad_cache):
+    question, true = bad_cache
+    assert sweep.answer(question, "full")["lds_bytes"] == true
+    assert sweep.answer(question, "map")["lds_bytes"] == true
+
+
+# Ctrl-C and clocks.
+
+
+def test_ctrl_c_ends_within_two_seconds_and_says_how_to_go_on(tmp_path):
+    process = Sweep(tmp_path, [*range(1, 100), HANG, HANG - 100], jobs=2, sleep_s=0.02)
+    process.wait_for_a_row()
+    began = time.monotonic()
+    process.process.send_signal(signal.SIGINT)
+    code, err, told = process.end()
+    assert time.monotonic() - began < 2
+    assert code == 130
+    said = re.fullmatch(
+        rf"interrupted; (\d+) of 101 rows are in {tmp_path}, and the same command asks only for "
+        r"the other (\d+)",
+        err.strip(),
+    )
+    assert said, err
+    done, left = map(int, said.groups())
+    # It may come when a row is on the disk and not yet counted.
+    assert len(kept(tmp_path)) - done in (0, 1) and done + left == 101
+    assert set(told) <= set(kept(tmp_path))
+    assert faults.outlived(tmp_path) == {}
+    Sweep(tmp_path, range(1, 100)).end()
+    assert kept(tmp_path) == list(range(1, 100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0, 1, 3, 6])
+def test_ctrl_c_in_a_terminal_ends_the_real_compiler_within_two_seconds(tmp_path, after_s):
+    given = ["--kernel", "all", "--target", "gfx950,sm_90", "--stages", "1,2,3,4", "--full"]
+    process = subprocess.Popen(
+        [*SWEEP, *given, "--store", tmp_path],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {faults.MARK: str(tmp_path)},
+        start_new_session=True,
+    )
+    # Of the bar, which comes before the first compile.
+    process.stderr.read(1)
+    time.sleep(after_s)
+    began = time.monotonic()
+    # As a terminal does: to the driver, its workers and their ptxas.
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert time.monotonic() - began < 2
+    assert process.returncode == 130
+    assert b"the same command asks only for the other" in err
+    assert faults.outlived(tmp_path) == {}
+    assert set(records.read(tmp_path)["status"]) <= {"ok", "out_of_lds"}
+
+
+def test_a_clock_that_is_set_changes_no_verdict_and_no_timeout(tmp_path):
+    stages = [HANG, 1, 2, 3, 4]
+    stores = {tmp_path / str(clock_s): clock_s for clock_s in (3600, -3600)}
+    moved = [
+        Sweep(store, stages, jobs=2, sleep_s=0.3, timeout_s=1.5, clock_s=clock_s)
+        for store, clock_s in stores.items()
+    ]
+    for of in moved:
+        of.wait_for_a_row()
+    began = time.monotonic()
+    assert [of.end()[0] for of in moved] == [0, 0]
+    assert time.monotonic() - began < 3.5
+    for store in stores:
+        assert statuses(store) == dict.fromkeys(range(1, 5), "ok") | {HANG: "timeout"}
+    # With the clock as it was, what is known is known, and what was not is asked again.
+    again = [Sweep(store, stages, timeout_s=0.5) for store in stores]
+    assert [of.end()[2] for of in again] == [[HANG], [HANG]]
