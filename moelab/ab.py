@@ -376,6 +376,9 @@ def _of_key(key: str) -> tuple[str, int]:
     return side, int(cell)
 
 
+_TIMES = ("time_us", "time_low_us", "time_high_us", "samples_us", "tflops")
+
+
 class _Run:
     """What was measured so far.
 
@@ -423,7 +426,7 @@ class _Run:
                 taken = timing.rounds_of(turns, ready, rounds, repetitions, order)
             except WorkerLost as lost:
                 for key in lost.keys:
-                    self.rows[_of_key(key)] |= lost.row
+                    self._gain(_of_key(key), lost.row)
                 self._team.restart()
                 continue
             for key, more in taken.items():
@@ -458,22 +461,26 @@ class _Run:
             except MeasureError as error:
                 found = {key: {"status": "launch_error", "reason": str(error)} for key in keys}
             for key, gained in found.items():
-                row = self.rows[_of_key(key)]
-                made_by = json.loads(row["made_by"]) | gained.pop("made_by", {})
-                row |= gained | {"made_by": json.dumps(made_by)}
+                at = _of_key(key)
+                made_by = json.loads(self.rows[at]["made_by"]) | gained.pop("made_by", {})
+                self._gain(at, gained | {"made_by": json.dumps(made_by)})
 
     def _add(self, at: tuple[str, int], more: timing.Taken) -> None:
-        taken, row = self._taken[at], self.rows[at]
+        taken = self._taken[at]
         taken.samples += more.samples
         taken.readings += more.readings
         taken.failed = more.failed
-        row |= taken.row
-        if more.failed is not None:
-            # Times of what fails later say nothing.
-            row |= dict.fromkeys(("time_us", "time_low_us", "time_high_us", "samples_us", "tflops"))
-            return
-        of = self._pairs[at[1]][0]
-        row["tflops"] = kernels.load(of.kernel).cost(of.problem).flops / row["time_us"] / 1e6
+        self._gain(at, taken.row)
+        if more.failed is None:
+            of, row = self._pairs[at[1]][0], self.rows[at]
+            row["tflops"] = kernels.load(of.kernel).cost(of.problem).flops / row["time_us"] / 1e6
+
+    def _gain(self, at: tuple[str, int], said: Mapping[str, Any]) -> None:
+        """Add to a row; the times of what fails later say nothing."""
+        row = self.rows[at]
+        row |= said
+        if row["status"] != "ok":
+            row |= dict.fromkeys(_TIMES)
 
     def keep(self, journal: records.Journal, cells: Sequence[int]) -> None:
         for cell in cells:

@@ -25,6 +25,9 @@ _SHIPPED = Path(__file__).parent / "data"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+# Half of a surrogate pair: JSON can spell it, and it is no text.
+_HALF = re.compile("[\ud800-\udfff]")
+
 _PYTHON: dict[str, type | tuple[type, ...]] = {
     "string": str,
     "Int64": int,
@@ -32,6 +35,9 @@ _PYTHON: dict[str, type | tuple[type, ...]] = {
     "Float64": (int, float),
 }
 
+
+# No launch is over in less than a nanosecond, or takes eleven days.
+_SHORTEST_US, _LONGEST_US = 1e-3, 1e12
 
 # What every row of ours says: the fields that are never None.
 _SAID = tuple(item.name for item in (*fields(Problem), *fields(Tile)) if item.default is not None)
@@ -111,7 +117,10 @@ def _parted(source: str) -> tuple[str, dict[str, str]]:
     pairs = [each.partition("=") for each in rest.split(",")]
     if wrong := [column for column, equals, _ in pairs if not equals or not column]:
         raise ValueError(f"{source}: {wrong[0]!r} after @ is not COLUMN=VALUE")
-    return name, {column.strip(): value.strip() for column, _, value in pairs}
+    wanted = {column.strip(): value.strip() for column, _, value in pairs}
+    if len(wanted) < len(pairs):
+        raise ValueError(f"{source}: a column is named twice after @; rows have one value of each")
+    return name, wanted
 
 
 def _located(name: str) -> Path:
@@ -164,8 +173,7 @@ def _check(where: str, row: dict[str, Any]) -> None:
         value = row.get(name)
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        # To Python True is a number.
-        if not isinstance(value, _PYTHON[kind]) or (kind != "boolean" and isinstance(value, bool)):
+        if not _is_of(kind, value):
             raise ValueError(f"{where}: {name} is {inert(value)!r}, not of type {kind}")
     for name, known in (("status", records.STATUSES), ("mode", records.MODES)):
         if row.get(name) not in known:
@@ -184,11 +192,25 @@ def _check(where: str, row: dict[str, Any]) -> None:
                     "compare them apart"
                 )
     time = row.get("time_us")
-    if time is not None and (time <= 0 or math.isinf(time)):
-        raise ValueError(f"{where}: time_us is {time}, not a time")
+    if time is not None and not _is_time(time):
+        raise ValueError(f"{where}: time_us is {inert(time)}, not a time")
     for name, whole in (("samples_us", _are_samples), ("made_by", _is_made_by)):
         if (value := row.get(name)) is not None and not whole(value):
             raise ValueError(f"{where}: {name} is damaged: {inert(value[:60])}")
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Say whether a column can hold a value."""
+    if isinstance(value, str):
+        return kind == "string" and not _HALF.search(value)
+    # To Python True is a number.
+    if not isinstance(value, _PYTHON[kind]) or (kind != "boolean" and isinstance(value, bool)):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
+def _is_time(us: Any) -> bool:
+    return type(us) in (int, float) and _SHORTEST_US <= us <= _LONGEST_US
 
 
 def _parsed(text: str) -> Any:
@@ -203,11 +225,9 @@ def _are_samples(text: str) -> bool:
     rounds = _parsed(text)
     return (
         isinstance(rounds, list)
-        and len(rounds) > 1
+        and bool(rounds)
         and all(isinstance(of, list) and of for of in rounds)
-        and all(
-            type(us) in (int, float) and math.isfinite(us) and us > 0 for of in rounds for us in of
-        )
+        and all(_is_time(us) for of in rounds for us in of)
     )
 
 

@@ -272,9 +272,9 @@ def _fit(row: Mapping[str, Any]) -> tuple[str, ...]:
         return "inconclusive", f"{said}, asked as {modes[0]} and as {modes[1]}: ask both alike"
     if "ok" not in (was, now):
         return "changed", said
-    lds = [row[f"lds_bytes {side}"] for side in "bc"]
-    if "out_of_lds" in (was, now) and not any(_missing(b) for b in lds):
-        said += f" ({lds[0]:,} -> {lds[1]:,} of {row['lds_limit c']:,} bytes)"
+    figures = [row[name] for name in ("lds_bytes b", "lds_bytes c", "lds_limit c")]
+    if "out_of_lds" in (was, now) and not any(map(_missing, figures)):
+        said += " ({:,} -> {:,} of {:,} bytes)".format(*figures)
     return ("improved" if now == "ok" else "regressed"), said
 
 
@@ -337,10 +337,11 @@ def _speeds(both: pd.DataFrame, threshold: float) -> pd.DataFrame:
         if any(map(_missing, times)) or _one(row, "workload", "b") != _one(row, "workload", "c"):
             continue
         samples = [row[f"samples_us {side}"] for side in "bc"]
-        if any(map(_missing, samples)):
+        medians = [paired_rounds.medians("[]" if _missing(text) else text) for text in samples]
+        # One round says nothing of the spread.
+        if min(map(len, medians)) < 2:
             told[at] = {"how": SINGLE, "ratio": times[1] / times[0], "speed": "inconclusive"}
             continue
-        medians = [paired_rounds.medians(text) for text in samples]
         runs = [_one(row, "run", side) for side in "bc"]
         together = runs[0] is not None and runs[0] == runs[1]
         (paired if together else apart).append((at, medians[0], medians[1]))

@@ -7,6 +7,7 @@
     noise           of a turn, the deviation of its logarithm
     noisy           columns of launches that have 0.1 of it
     wrong, fails, loses, crashes, hangs   columns of launches that do
+    tires           columns of launches whose process dies once it took 12 turns
     log             a file: a line for each turn, with the process and the launch
 """
 
@@ -52,7 +53,10 @@ class Turns:
 
     def sample(self, of, repetitions):
         noise = 0.1 if _has(self._launches[of], self._gpu.get("noisy")) else self._gpu["noise"]
-        us = 100.0 * random.Random(f"{of}, {next(_turns)}").lognormvariate(0, noise)
+        turn = next(_turns)
+        if turn >= 12 and _has(self._launches[of], self._gpu.get("tires")):
+            os.abort()
+        us = 100.0 * random.Random(f"{of}, {turn}").lognormvariate(0, noise)
         for (column, value), factor in self._gpu["slower"]:
             us *= factor if self._launches[of].asked()[column] == value else 1
         # What another source of the kernels plants.

@@ -136,7 +136,10 @@ def test_equal_sides_share_a_worker_and_come_out_clean(tmp_path, gpu):
 
 
 def test_apart_each_side_of_a_round_has_a_process_of_its_own(tmp_path, gpu):
-    measured(tmp_path, apart=True, asked=grid(m="512,1536"))
+    rows = measured(tmp_path, apart=True, asked=grid(m="512,1536"))
+    # Rows of every round lie in the store, those of one round too.
+    sides = [baselines.read(f"{tmp_path}/rows@side={side}") for side in ab.SIDES]
+    assert regress.text(regress.compare(*sides)) == regress.text(ab.judged(rows))
     process_of = {(process, of.split()[0]) for process, of, _ in turns(gpu)}
     assert len({process for process, _ in process_of}) == len(process_of) == 2 * 6
     by_round = [{process for process, *_ in turns(gpu)[i : i + 4]} for i in range(0, 24, 4)]
@@ -323,6 +326,16 @@ def test_a_launch_that_fails_is_a_row_and_the_others_go_on(
     assert set(fine["status"]) == {"ok"}
     assert fine["time_us"].notna().all()
     assert ab.judged(rows).verdict == "regressed"
+
+
+def test_a_launch_that_fails_after_it_was_timed_has_no_times(tmp_path, gpu):
+    gpu(noise=0.3, tires={"num_stages": 2})
+    rows = measured(tmp_path, "stages=1", "stages=2")
+    assert list(rows["status"]) == ["ok", "launch_error"]
+    assert rows["reason"].iloc[1] == _DIED
+    times = ["time_us", "time_low_us", "time_high_us", "samples_us", "tflops"]
+    assert rows[times].isna().all(axis=1).tolist() == [False, True]
+    assert ab.judged(rows).cells["speed"].isna().all()
 
 
 def test_a_worker_that_does_not_answer_is_ended_and_its_launch_is_named(tmp_path, gpu, monkeypatch):

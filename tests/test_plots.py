@@ -1,5 +1,6 @@
 """Every picture is a figure, of whatever rows there are."""
 
+import statistics
 from dataclasses import asdict, replace
 
 import matplotlib
@@ -409,6 +410,8 @@ def test_samples_of_both_sides_are_drawn_round_by_round():
     times = sorted(y for line in axis.lines if line.get_marker() == "o" for y in line.get_ydata())
     of_side = [us for turn in regressions.QUIET for us in turn]
     assert times == pytest.approx(sorted([*of_side, *(1.2 * us for us in of_side)]))
+    bars = {y for line in axis.lines if line.get_marker() == "None" for y in line.get_ydata()}
+    assert {statistics.median(turn) for turn in regressions.QUIET} <= bars
     assert "regressed: \N{MULTIPLICATION SIGN}1.200" in axis.get_title(loc="left")
 
 

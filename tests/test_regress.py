@@ -98,6 +98,10 @@ def test_the_bytes_that_no_longer_fit_are_told():
     assert "ok -> out_of_lds (100 -> 2,000 of 1,000 bytes)" in told["what"]
 
 
+def test_a_limit_that_nobody_told_is_left_out():
+    assert cell(row(), row(**REFUSED, lds_limit=None))["what"] == "ok -> out_of_lds"
+
+
 @pytest.mark.parametrize("failed", [WRONG, REJECTED])
 def test_what_one_side_was_not_asked_is_no_change(failed):
     told = cell(row(mode="measured", **failed), row(mode="lds"))
@@ -196,6 +200,12 @@ def test_of_one_figure_each_only_the_difference_is_told():
     (only,) = told.cells.to_dict("records")
     assert (only["how"], only["speed"]) == (SINGLE, "inconclusive")
     assert f"time x1.200 ({SINGLE})" in only["what"]
+
+
+def test_a_single_round_is_one_figure():
+    once = {"samples_us": json.dumps(QUIET[:1])}
+    for sides in ((timed(), timed(**once)), (timed(**once), timed(**once, run="second"))):
+        assert cell(*sides)["how"] == SINGLE
 
 
 def test_times_of_other_routings_are_not_set_beside_each_other():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -248,7 +249,7 @@ def worst_samples(chosen: pd.DataFrame) -> Figure:
             for number, samples in enumerate(rounds, start=1):
                 x = [number + beside] * len(samples)
                 axis.plot(x, samples, "o", ms=3.5, mec="none", color=colour, alpha=0.55)
-                middle = sorted(samples)[len(samples) // 2]
+                middle = statistics.median(samples)
                 ends = [number + beside - 0.13, number + beside + 0.13]
                 axis.plot(ends, [middle] * 2, color=colour, lw=2)
             axis.plot([], [], "o", color=colour, label=name)
