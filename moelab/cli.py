@@ -552,10 +552,13 @@ def _refuse_beside_ab(sides: Sequence[str], peers: str) -> None:
 
 @contextlib.contextmanager
 def _wrong_use_or_nothing_measured() -> Iterator[None]:
-    """End with 2 whatever it is: 1 is a regression."""
+    """End with 2 whatever it is, and with 130 where it was interrupted: 1 is a regression."""
     try:
         with _wrong_use():
             yield
+    except KeyboardInterrupt:
+        click.echo("interrupted: no verdict; what was finished is in --store", err=True)
+        raise SystemExit(130) from None
     except click.UsageError:
         raise
     except click.ClickException as error:
@@ -585,7 +588,9 @@ def _measured_ab(
 
 
 def _check_markdown(markdown: Path | None) -> None:
-    """Refuse a summary's name that is one of rows."""
+    """Refuse a summary's name that is one of rows, or in a folder that is not there."""
+    if markdown is not None and not markdown.parent.is_dir():
+        raise ValueError(f"--markdown {markdown}: there is no folder {markdown.parent}")
     if markdown is not None and markdown.suffix in (".parquet", ".jsonl"):
         raise ValueError(f"--markdown {markdown}: name it {markdown.with_suffix('.md')}")
 

@@ -815,6 +815,7 @@ def test_an_ab_run_as_json_is_one_object(two_sides):
         (("--ab", "same", "--ab", "colour=blue"), "no 'colour'; a side is `same`, or some of"),
         (("--ab", "same", "--ab", "same", "--peers", "torch"), "leave it out with --ab"),
         (("--ab", "same", "--ab", "same", "--markdown", "a.parquet"), "name it a.md"),
+        (("--ab", "same", "--ab", "same", "--markdown", "no/a.md"), "there is no folder no"),
         (("--apart",), "--apart is of --ab BASE --ab CANDIDATE"),
         (("--threshold", "4%"), "--threshold is of --ab"),
     ],
@@ -838,6 +839,18 @@ def test_an_ab_run_that_could_not_measure_is_no_regression(two_sides, monkeypatc
     result = run(*two_sides[0], "--ab", "same", "--ab", "same")
     assert result.exit_code == 2
     assert "did not start" in result.stderr
+
+
+def test_an_ab_run_that_was_interrupted_is_no_regression(two_sides, monkeypatch):
+    from moelab import ab
+
+    def measure(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ab, "measure", measure)
+    result = run(*two_sides[0], "--ab", "same", "--ab", "same")
+    assert result.exit_code == 130
+    assert "no verdict" in result.stderr
 
 
 @pytest.mark.parametrize(
