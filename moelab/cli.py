@@ -70,11 +70,19 @@ def _bytes(_context: Any, _parameter: Any, text: str | None) -> int | None:
     """Read ``8G``, ``512M`` or a number of bytes."""
     if text is None:
         return None
+    from .sweep import LEAST_MEMORY
+
     number, unit = text[:-1], "KMGT".find(text[-1:].upper()) + 1
     try:
-        return int(float(number if unit else text) * 1024**unit)
+        size = int(float(number if unit else text) * 1024**unit)
     except (ValueError, OverflowError):
-        raise click.BadParameter(f"{text}: give a size such as 8G or 512M") from None
+        size = 0
+    if size < LEAST_MEMORY:
+        least = f"{LEAST_MEMORY >> 20}M"
+        raise click.BadParameter(
+            f"{text}: give a size such as 8G; a compiler needs {least} to start"
+        )
+    return size
 
 
 _memory = click.option(
