@@ -18,6 +18,7 @@ round has processes of its own then.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import secrets
@@ -197,26 +198,24 @@ def measure(
         undecided = run.paired
         with records.Journal(store) as journal:
             run.keep(journal, [cell for cell in range(len(pairs)) if cell not in undecided])
-            before = 0
-            for look in looks:
-                units = _units(pairs, undecided)
-                at_once = 1 if team.apart else look - before
-                parts = (look - before) // at_once
-                left = parts * len(units)
-                with sweep.progress_bar(left, left, progress, f"{look} rounds") as bar:
-                    for _ in range(parts):
-                        try:
-                            if team.apart:
+            try:
+                for before, look in itertools.pairwise((0, *looks)):
+                    units = _units(pairs, undecided)
+                    at_once = 1 if team.apart else look - before
+                    turns = list(itertools.product(range(0, look - before, at_once), units))
+                    with sweep.progress_bar(
+                        len(turns), len(turns), progress, f"{look} rounds"
+                    ) as bar:
+                        for _, unit in turns:
+                            if team.apart and unit is units[0]:
                                 team.restart()
-                            for unit in units:
-                                run.take_turns(unit, at_once, repetitions, order, (workload, seed))
-                                run.keep(journal, unit)
-                                bar.update()
-                        except MeasureError as error:
-                            said = f"the rows that were finished are in {store}"
-                            raise MeasureError(f"{error}; {said}") from None
-                undecided = run.undecided(undecided, threshold)
-                before = look
+                            run.take_turns(unit, at_once, repetitions, order, (workload, seed))
+                            run.keep(journal, unit)
+                            bar.update()
+                    undecided = run.undecided(undecided, threshold)
+            except MeasureError as error:
+                said = f"the rows that were finished are in {store}"
+                raise MeasureError(f"{error}; {said}") from None
         return records.frame(run.rows[side, cell] for cell in range(len(pairs)) for side in SIDES)
 
 

@@ -412,7 +412,11 @@ def checkout(folder, text):
     return folder
 
 
-def test_another_source_is_launched_by_a_process_of_its_own(tmp_path, gpu):
+def test_another_source_is_launched_by_a_process_of_its_own(tmp_path, gpu, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        ab, "Worker", lambda *given: started.append(given) or workers.Worker(*given)
+    )
     source = checkout(tmp_path / "after", "\nPLANTED = 1.2\n")
     rows = measured(tmp_path, "same", f"source={source}")
     compared = ab.judged(rows)
@@ -421,6 +425,8 @@ def test_another_source_is_launched_by_a_process_of_its_own(tmp_path, gpu):
     assert compared.differs["made by: ab"] == ("same", "source=after")
     assert str(tmp_path) not in "".join(rows["made_by"])
     assert len({process for process, *_ in turns(gpu)}) == 2 * 6
+    # One to compile besides, and none when all is decided.
+    assert len(started) == 2 * (6 + 1)
 
 
 def test_this_source_named_is_this_source(tmp_path, gpu):
