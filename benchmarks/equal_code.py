@@ -13,10 +13,11 @@ something was, or if fewer than 200 cells were timed.
 import argparse
 import sys
 
+import at_hand
 import numpy as np
 import pandas as pd
 
-from moelab import ab, bench, paired_rounds, plan, records, regress
+from moelab import ab, paired_rounds, plan, records, regress
 
 SERVED = {
     "moe_gemm_a8w8": "Qwen3-235B-A22B,Llama4 Maverick",
@@ -38,11 +39,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ab.ROUNDS)
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
-    try:
-        target = bench.gpu().target.name
-    except bench.MeasureError as error:
-        print(error, file=sys.stderr)
-        return 1
+    target = at_hand.target()
     same = {"targets": target, "layers": "all", "tp": 4}
     together, apart = (
         [

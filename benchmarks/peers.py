@@ -12,6 +12,7 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 
+import at_hand
 import pandas as pd
 
 from moelab import bench, peers, plan, records, standings, tuned
@@ -106,11 +107,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=2)
     given = parser.parse_args()
-    try:
-        target = bench.gpu().target.name
-    except bench.MeasureError as error:
-        print(error, file=sys.stderr)
-        return 1
+    target = at_hand.target()
     asked, named = [], []
     for group in map(GROUPS.__getitem__, given.only.split(",")):
         named += group.peers

@@ -11,9 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import at_hand
 import pandas as pd
 
-from moelab import ab, bench, plan, records, regress
+from moelab import ab, plan, records, regress
 
 SERVED = (
     ("moe_gemm_a8w8", "Qwen3-235B-A22B"),
@@ -38,11 +39,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ab.ROUNDS)
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
-    try:
-        target = bench.gpu().target.name
-    except bench.MeasureError as error:
-        print(error, file=sys.stderr)
-        return 1
+    target = at_hand.target()
     asked = [
         of
         for kernel, model in SERVED

@@ -10,6 +10,7 @@ import argparse
 import sys
 from dataclasses import replace
 
+import at_hand
 import pandas as pd
 
 from moelab import bench, plan, problems, records, sweep
@@ -37,11 +38,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=5)
     given = parser.parse_args()
-    try:
-        target = bench.gpu().target.name
-    except bench.MeasureError as error:
-        print(error, file=sys.stderr)
-        return 1
+    target = at_hand.target()
     asked = []
     for model in given.models.split(","):
         for kernel in problems.MODELS[model].kernels:
