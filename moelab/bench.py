@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import compiler, kernels, problems, records, sensors, sweep, targets, timing, workloads
 from . import peers as others
+from .answers import TIMEOUT_S, compile_all, cores
 from .specs import Configuration, Problem, Target
 from .timing import OUT_OF_MEMORY, ContextLost, Launch, MeasureError
 
@@ -203,9 +204,7 @@ def _compiled(
         if answers[row["compile_key"]]["status"] == "ok"
     }
     with sweep.progress_bar(len(fitting), len(fitting), progress) as bar:
-        for key, answer in sweep.compile_all(
-            fitting, "full", jobs or sweep.cores(), sweep.TIMEOUT_S, cache
-        ):
+        for key, answer in compile_all(fitting, "full", jobs or cores(), TIMEOUT_S, cache):
             # A compiler that dies later leaves what was told of the LDS.
             answers[key] |= answer
             bar.update()

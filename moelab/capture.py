@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compiler, records, stand_in, sweep, targets
+from .answers import TIMEOUT_S, compile_all, cores, words_of
 from .stand_in import recorder
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def run(
     *,
     async_copy: str = "default",
     jobs: int | None = None,
-    timeout_s: float = sweep.TIMEOUT_S,
+    timeout_s: float = TIMEOUT_S,
     progress: bool = True,
 ) -> Capture:
     """Run a command without a GPU and tell the LDS of every launch.
@@ -234,7 +235,7 @@ def _answers(
         if "error" in launch:
             answers[key] = {
                 "status": "compile_error",
-                "reason": sweep.words_of(launch["error"], Path(os.devnull)),
+                "reason": words_of(launch["error"], Path(os.devnull)),
                 "lds_limit": targets.get(launch["target"]).lds_limit,
             }
             continue
@@ -243,7 +244,7 @@ def _answers(
         questions[same] = question
         asked[same].append(key)
     with sweep.progress_bar(len(questions), len(questions), progress) as bar:
-        for same, answer in sweep.compile_all(questions, "lds", jobs or sweep.cores(), timeout_s):
+        for same, answer in compile_all(questions, "lds", jobs or cores(), timeout_s):
             for key in asked[same]:
                 answers[key] = answer | {"async_copy": questions[same].async_copy}
             bar.update(1)

@@ -9,50 +9,29 @@ a process of its own, which ends with this one: a kernel that kills its compiler
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
-import re
-import resource
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, as_completed
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import __version__, compiler, lds_map, records, targets, toolchain
+from . import compiler, isolation, records, targets, toolchain
+from .answers import LEAST_MEMORY, TIMEOUT_S, compile_all, cores
 from .launches import LaunchError
-from .specs import CapturedLaunch, Configuration, KernelLaunch, LdsMap, Question
+from .specs import Configuration, KernelLaunch, Question
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Q = TypeVar("Q", bound=Configuration | KernelLaunch)
-
-# Of a healthy compile; the longest seen took 40 s, num_stages=64 more than 90 s.
-TIMEOUT_S = 120
-
-# What a worker takes before it compiles: 235 MB with a CPU build of PyTorch.
-LEAST_MEMORY = 512 << 20
-
-# How LLVM, the C++ library and ptxas end where memory does.
-_NO_MEMORY = re.compile(
-    r"^(LLVM ERROR: out of memory|.*std::bad_alloc|ptxas\S* fatal *: Memory allocation failure)",
-    re.MULTILINE,
-)
-
-# A failing ptxas prints thousands of lines.
-_REASON_CHARACTERS = 800
 
 
 class Interrupted(KeyboardInterrupt):
@@ -179,7 +158,7 @@ _RAISED = {
 
 def serve() -> None:
     """Answer a request of `_answered_by`: pickled on stdin, rows as JSON on stdout."""
-    _die_with(os.getppid())
+    isolation.die_with(os.getppid())
     # Whatever else prints must not be taken for the reply.
     reply_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -303,250 +282,3 @@ def _compile_key(question: Question) -> str:
 def answer_of(row: dict[str, Any]) -> dict[str, Any]:
     """Take a row's second half: what was answered."""
     return {name: value for name, value in row.items() if name not in records.KEY}
-
-
-def answer(
-    question: Question | CapturedLaunch, mode: str, cache: Path | None = None
-) -> dict[str, Any]:
-    """Ask the compiler, in this process; returns a row's second half.
-
-    Args:
-        mode: one of `records.MODES`.
-    Raises:
-        compiler.CompileError: it rejects the kernel.
-    """
-    target = targets.get(question.target)
-    launch = compiler.specialize(question)
-    found: dict[str, Any] = {}
-    if mode != "lds":
-        allocation, lds_map_ = _mapped(launch)
-        found["buffers"] = lds_map.to_json(lds_map_)
-    if mode == "full":
-        allocation, resources = compiler.full(launch, cache)
-        found |= asdict(resources)
-        occupancy = targets.occupancy(
-            target, allocation.lds_bytes, resources.registers, question.num_warps
-        )
-        found |= {
-            "workgroups_per_cu": occupancy.workgroups_per_cu,
-            "warps_per_simd": occupancy.warps_per_simd,
-            "occupancy_limit": occupancy.limit,
-        }
-    elif mode == "lds":
-        allocation = compiler.lds(launch)
-    found |= asdict(allocation)
-    status, reason = "ok", None
-    if allocation.lds_bytes > target.lds_limit:
-        status = "out_of_lds"
-        reason = f"needs {allocation.lds_bytes:,} of {target.lds_limit:,} bytes"
-    elif allocation.tmem_columns > compiler.TMEM_COLUMNS:
-        status = "out_of_tmem"
-        reason = f"needs {allocation.tmem_columns} of {compiler.TMEM_COLUMNS} columns"
-    return _stamped(status, reason, target) | found
-
-
-def _mapped(launch: compiler.Launch) -> tuple[compiler.Allocation, LdsMap]:
-    """Ask for the map; a fault in reading it must not cost the bytes."""
-    try:
-        return compiler.buffers(launch)
-    except compiler.MapError as error:
-        return compiler.lds(launch), LdsMap(missing=f"a fault of moelab's: {error}")
-
-
-def _stamped(status: str, reason: str | None, target: targets.Target) -> dict[str, Any]:
-    return {
-        "status": status,
-        "reason": reason,
-        "lds_limit": target.lds_limit,
-        "moelab": __version__,
-        "schema": records.SCHEMA_VERSION,
-    }
-
-
-def compile_all(
-    questions: Mapping[str, Question | CapturedLaunch],
-    mode: str,
-    jobs: int,
-    timeout_s: float,
-    cache: Path | None = None,
-    memory: int | None = None,
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """Yield each key's answer as it comes; a failure is an answer too.
-
-    Args:
-        mode: one of `records.MODES`.
-        cache: a Triton cache to leave the code of a full compile in.
-        memory: bytes that a compile may take; None is half of this machine's.
-    """
-    from pebble import ProcessPool
-
-    if not questions:
-        return
-    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    with tempfile.TemporaryDirectory(prefix="moelab-") as logs, _script_left_out():
-        pool = ProcessPool(
-            max_workers=min(jobs, len(questions)),
-            initializer=_start_worker,
-            initargs=[os.getpid(), memory],
-            # Triton and LLVM threads do not survive a fork.
-            context=multiprocessing.get_context("spawn"),
-        )
-        try:
-            keys: dict[Future[Any], str] = {}
-            for key, question in questions.items():
-                log = Path(logs) / key
-                future = pool.schedule(
-                    _within, args=[timeout_s, _compile_one, question, mode, log, cache]
-                )
-                keys[future] = key
-            for done in as_completed(keys):
-                key = keys[done]
-                log = Path(logs) / key
-                yield key, _outcome(done, questions[key], log, timeout_s, memory)
-            pool.close()
-        finally:
-            # Whatever ended the loop: no worker compiles on for nobody.
-            pool.stop()
-            pool.join()
-
-
-@contextlib.contextmanager
-def _script_left_out() -> Iterator[None]:
-    """Keep workers from importing the script that sweeps, of which they need nothing.
-
-    One without an ``if __name__ == "__main__"`` would sweep again in each of them.
-    """
-    script = vars(sys.modules["__main__"])
-    kept: dict[str, Any] = {
-        name: script[name] for name in ("__file__", "__spec__") if name in script
-    }
-    script.update(dict.fromkeys(kept))
-    try:
-        yield
-    finally:
-        script.update(kept)
-
-
-def _outcome(
-    future: Future[Any],
-    question: Question | CapturedLaunch,
-    log: Path,
-    timeout_s: float,
-    memory: int,
-) -> dict[str, Any]:
-    """Turn a worker's result, its failure or its death into an answer.
-
-    Raises:
-        OSError: the disk is full, of which no row is guilty.
-    """
-    from pebble import ProcessExpired
-
-    target = targets.get(question.target)
-    try:
-        return future.result()
-    except compiler.CompileError as error:
-        status, words = "compile_error", words_of(str(error), log)
-        no_memory = bool(_NO_MEMORY.search(str(error)))
-    except ProcessExpired as died:
-        if died.exitcode == -signal.SIGALRM:
-            return _stamped("timeout", f"not finished after {timeout_s:g} s", target)
-        how = f"exit code {died.exitcode}"
-        if died.exitcode is not None and died.exitcode < 0:
-            how = signal.Signals(-died.exitcode).name
-        words = words_of(f"the compiler's process died: {how}", log, died=True)
-        printed = _printed(log)
-        if (no_room := os.strerror(errno.ENOSPC)) in printed:
-            raise OSError(errno.ENOSPC, no_room, tempfile.gettempdir()) from None
-        status, no_memory = "crashed", bool(_NO_MEMORY.search(printed))
-    except Exception as error:
-        if isinstance(error, OSError) and records.is_full(error):
-            raise
-        # Neither the kernel's fault nor worth the sweep: the row says what it was.
-        status, words = "crashed", words_of(f"{type(error).__name__}: {error}", log)
-        # Of Python, or of a `fork` for ptxas.
-        no_memory = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
-    if no_memory:
-        status, words = "out_of_host_memory", f"needs more than {memory:,} bytes: {words}"
-    return _stamped(status, words, target)
-
-
-def _printed(log: Path) -> str:
-    return log.read_text(errors="replace") if log.exists() else ""
-
-
-def words_of(message: str, log: Path, died: bool = False) -> str:
-    """Join what was raised with what the compiler printed as errors."""
-    printed = _printed(log).splitlines()
-    errors = [line.strip() for line in printed if "error" in line.lower()]
-    if died and not errors:
-        errors = printed[-5:]
-    # The frontend quotes the whole kernel before it comes to the point, ptxas all of its input.
-    lines = [line for line in message.splitlines() if line.strip(" ^")]
-    point = lines
-    if len(lines) > 4:
-        wrong = [line for line in lines[1:-2] if re.search(r"\berror\b", line)]
-        point = [lines[0], "...", *wrong[:2], *lines[-2:]]
-    text = "\n".join([*point, *dict.fromkeys(errors[:3])])
-    return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 3] + "..."
-
-
-def _start_worker(parent: int, memory: int | None = None) -> None:
-    """Leave interrupts to the parent, die with it, and take no more memory than is given."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The pool's handler waits until LLVM returns to Python, and the pool three seconds for it.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(parent)
-    subprocess.Popen = _Attached  # type: ignore[misc]
-    if memory is not None:
-        # What a process may write to: RLIMIT_AS counts libraries and reserved addresses, too.
-        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = memory if most == resource.RLIM_INFINITY else min(memory, most)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-class _Attached(subprocess.Popen[Any]):
-    """A worker's ptxas or linker: hanging, it must not outlive the worker that waits for it."""
-
-    def __init__(self, *args: Any, **options: Any):
-        worker = os.getpid()
-        # LLVM catches interrupts, which would undo that its children ignore them.
-        options["preexec_fn"] = lambda: _start_worker(worker)
-        super().__init__(*args, **options)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent ends, however that ends."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _within(timeout_s: float, compile_one: Callable[..., Any], *arguments: Any) -> Any:
-    """Let the kernel end a worker that takes too long, whatever it is in.
-
-    The pool's own timeout reads the wall clock: set forward by an hour, it would end every
-    compile; set back, none.
-    """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
-    try:
-        return compile_one(*arguments)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _compile_one(
-    question: Question | CapturedLaunch, mode: str, log: Path, cache: Path | None = None
-) -> dict[str, Any]:
-    """Answer in a worker, whose stdout and stderr are the compiler's diary."""
-    with log.open("w") as diary:
-        # Where ptxas fails, Triton prints all of its input to stdout.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(diary.fileno(), stream.fileno())
-        return answer(question, mode, cache)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

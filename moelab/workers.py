@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import bench, compiler, sensors, sweep, timing, toolchain
+from . import bench, compiler, isolation, sensors, sweep, timing, toolchain
 from .specs import Configuration, Problem, Tile
 from .timing import ContextLost, LaunchFailed, MeasureError
 
@@ -139,9 +138,8 @@ class Worker:
                 reason = f"no answer after {timeout_s:g} s; its process was ended"
                 raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
         if not line:
-            reason = (
-                f"its process died: {_how_it_ended(self._process.wait())}; stderr has its words"
-            )
+            how = isolation.how_it_ended(self._process.wait())
+            reason = f"its process died: {how}; stderr has its words"
             raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
         reply = json.loads(line)
         if "failed" in reply:
@@ -162,10 +160,6 @@ class Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe and pipe.close()
-
-
-def _how_it_ended(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _mix(package: Path, kernels: Path) -> None:
@@ -313,7 +307,7 @@ def serve(cache: str) -> None:
         cache: folder of the Triton cache, which this process fills and launches from.
     """
     # Interrupts are the parent's; with it this process ends.
-    sweep._start_worker(os.getppid())
+    isolation.attach(os.getppid())
     with _pipes() as (requests, replies), compiler.cache_at(Path(cache)):
         served = _Served(Path(cache))
         for line in requests:

@@ -15,7 +15,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from moelab import plan, records, sweep, targets
+from pebble.pool.process import NoMessage, WorkerManager
+
+from moelab import answers, plan, records, sweep, targets
 
 # Stage counts of what goes wrong; any other is answered with as many bytes of LDS.
 ABORT, SEGFAULT, EXIT, HANG, HANGING_HELPER, HOG, STUMBLE = range(-7, 0)
@@ -45,7 +47,7 @@ def answer(question, mode, log, cache=None):
     if wrong == STUMBLE:
         raise RuntimeError("a fault of moelab's")
     time.sleep(float(os.environ.get("MOELAB_TESTS_SLEEP", "0")))
-    return sweep._stamped("ok", None, targets.get(question.target)) | {"lds_bytes": wrong}
+    return answers.stamped("ok", None, targets.get(question.target)) | {"lds_bytes": wrong}
 
 
 def asked_row(question, mode):
@@ -61,7 +63,7 @@ def pretend():
     """Let this process's sweeps answer as `answer` does."""
     sweep.settled = lambda question: question
     sweep.asked_row = asked_row
-    sweep._compile_one = answer
+    answers._compile_one = answer
 
 
 def questions(stages):
@@ -123,8 +125,9 @@ class Sweep:
 def main():
     """Run what a `Sweep` asks for, with the exit codes of the command line.
 
-    It may be given ``file_bytes``, that a file may have at most, and ``clock_s``, by which the
-    wall clock is moved half a second after the start.
+    It may be given ``file_bytes``, that a file may have at most, ``clock_s``, by which the
+    wall clock is moved half a second after the start, and ``busy_s``, after which the pool
+    hears what its workers say, as on a machine that is busy.
     """
     from moelab import cli
 
@@ -136,6 +139,15 @@ def main():
     moved, clock, start = options.pop("clock_s", 0), time.time, time.monotonic()
     time.time = lambda: clock() + moved * (time.monotonic() > start + 0.5)
     time.time_ns = lambda: int(time.time() * 1e9)
+
+    receive, busy_s = WorkerManager.receive, options.pop("busy_s", 0)
+
+    def late(self, timeout):
+        message = receive(self, timeout)
+        time.sleep(busy_s * (not isinstance(message, NoMessage)))
+        return message
+
+    WorkerManager.receive = late
 
     @cli.app.command()
     def fault():

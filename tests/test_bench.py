@@ -389,15 +389,14 @@ def test_x_has_nothing_of_the_weights_that_an_earlier_number_of_tokens_left(tmp_
 
 @pytest.mark.gpu
 def test_other_lds_than_was_told_is_a_row_that_says_both(tmp_path, monkeypatch):
-    from moelab import sweep
 
-    compiled = sweep.compile_all
+    compiled = bench.compile_all
 
     def off_by_one(*args, **limits):
         for key, answer in compiled(*args, **limits):
             yield key, answer | {"lds_bytes": answer["lds_bytes"] + 1}
 
-    monkeypatch.setattr(sweep, "compile_all", off_by_one)
+    monkeypatch.setattr(bench, "compile_all", off_by_one)
     rows = bench.measure(
         grid(targets=here(), stages=1), tmp_path, rounds=2, repetitions=1, progress=False
     )

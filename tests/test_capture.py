@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from moelab import capture, cli, compiler, sweep
+from moelab import answers, capture, cli, compiler
 from moelab.specs import Configuration, Problem, Source, TensorSpec, Tile
 from moelab.stand_in import recorder
 from moelab.targets import TARGETS
@@ -439,7 +439,7 @@ def test_our_own_launchers_take_the_lds_that_a_sweep_tells(folder):
         configuration = Configuration(
             "moe_gemm_a8w4", problem, Tile(128, 256, 256), 8, stages, True, "gfx950"
         )
-        answer = sweep.answer(configuration, "lds")
+        answer = answers.answer(configuration, "lds")
         told[stages] = (answer["lds_bytes"], answer["status"])
     assert len(set(told.values())) == 3, "or the comparison says nothing"
     found = captured(folder, OURS, name="ours.py", async_copy="on")

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import cli, compiler, peers, plan, records, report, sweep, toolchain
+from moelab import answers, cli, compiler, peers, plan, records, report, sweep, toolchain
 from moelab.cli import app
 from moelab.kernels import KERNELS
 from moelab.problems import DENSE
@@ -129,7 +129,7 @@ def answer_all(monkeypatch, status, reason=None):
 
     def answer(configurations, full, jobs, timeout_s, memory):
         for key, configuration in configurations.items():
-            yield key, sweep._stamped(status, reason, TARGETS[configuration.target])
+            yield key, answers.stamped(status, reason, TARGETS[configuration.target])
 
     monkeypatch.setattr(sweep, "compile_all", answer)
 
@@ -506,7 +506,7 @@ def test_without_a_tile_every_published_one_is_answered(tmp_path, monkeypatch):
             large = c.tile.block_m == 128 and c.num_stages > 1
             narrow = c.tile.block_n < 512 and c.problem.layer == 1
             fits = not large or narrow
-            stamp = sweep._stamped("ok" if fits else "out_of_lds", None, TARGETS[c.target])
+            stamp = answers.stamped("ok" if fits else "out_of_lds", None, TARGETS[c.target])
             found = {"registers": 200, "spilled_registers": 0, "workgroups_per_cu": 1}
             lds = {"lds_bytes": 100_000 if fits else 200_000 - c.problem.layer}
             yield key, stamp | lds | (found if full else {})

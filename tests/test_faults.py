@@ -19,6 +19,7 @@ from pandas.testing import assert_frame_equal
 from test_records import ROW
 
 from moelab import compiler, plan, records, sweep
+from moelab.answers import answer, compile_all
 
 SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
 
@@ -85,6 +86,14 @@ def test_what_says_nothing_of_a_configuration_is_asked_again(survived, tmp_path)
     assert sorted(told) == sorted([ABORT, HOG, HANG])
 
 
+def test_who_dies_right_after_taking_a_task_is_blamed_though_the_pool_hears_of_it_late(tmp_path):
+    bad = [ABORT, SEGFAULT, EXIT]
+    code, err, told = Sweep(tmp_path, [1, *bad, 2], jobs=2, busy_s=0.3).end()
+    assert code == 0, err
+    assert sorted(told) == [*bad, 1, 2]
+    assert statuses(tmp_path) == {1: "ok", 2: "ok"} | dict.fromkeys(bad, "crashed")
+
+
 def test_a_hang_ends_within_its_timeout_and_two_seconds(tmp_path):
     process = Sweep(tmp_path, [1, HANG], timeout_s=1)
     process.wait_for_a_row()
@@ -101,7 +110,7 @@ def test_a_compile_that_hangs_in_llvm_ends_within_its_timeout_and_two_seconds(mo
     hang = real("256x256x128", warps=8, m=8704, stages=64)[0]
     questions = {"hang": hang, "well": real(stages=1)[0]}
     began = time.monotonic()
-    answers = dict(sweep.compile_all(questions, mode, 2, timeout_s=6))
+    answers = dict(compile_all(questions, mode, 2, timeout_s=6))
     assert time.monotonic() - began < 8
     assert {key: answer["status"] for key, answer in answers.items()} == {
         "hang": "timeout",
@@ -129,7 +138,7 @@ def test_a_compile_that_needs_too_much_is_told_from_one_that_is_rejected(target)
     hog = real("512x512x64", target, warps=8, m=8704, stages=2)[0]
     questions = {"hog": hog} | {str(of.num_stages): of for of in real(stages="1,2")}
     memory = (300 if target == "sm_90" else 270) << 20
-    answers = dict(sweep.compile_all(questions, "full", 2, 120, memory=memory))
+    answers = dict(compile_all(questions, "full", 2, 120, memory=memory))
     found = {key: answer["status"] for key, answer in answers.items()}
     assert found == dict.fromkeys(questions, "ok") | {"hog": "out_of_host_memory"}
     assert answers["hog"]["reason"].startswith(f"needs more than {memory:,} bytes: ")
@@ -266,7 +275,7 @@ def test_a_full_temporary_folder_is_no_configurations_fault(tmp_path, mounted, m
     os.truncate(tmp_path / "filler", os.stat(tmp_path / "filler").st_size - 8192)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(OSError) as error:
-        list(sweep.compile_all({"a": real(stages=2)[0]}, "full", 1, 60))
+        list(compile_all({"a": real(stages=2)[0]}, "full", 1, 60))
     assert records.is_full(error.value)
 
 
@@ -467,8 +476,8 @@ def bad_cache(request, users_cache, tmp_path, monkeypatch):
 
 def test_no_cache_of_the_users_changes_a_byte(bad_cache):
     question, true = bad_cache
-    assert sweep.answer(question, "full")["lds_bytes"] == true
-    assert sweep.answer(question, "map")["lds_bytes"] == true
+    assert answer(question, "full")["lds_bytes"] == true
+    assert answer(question, "map")["lds_bytes"] == true
 
 
 # Ctrl-C and clocks.

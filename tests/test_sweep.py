@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moelab import __version__, compiler, plan, records, sweep, targets
+from moelab import __version__, answers, compiler, isolation, plan, records, sweep, targets
 from moelab.compiler import binding
 
 TILE = {"kernels": "moe_gemm_a8w8", "tiles": "16x64x64", "warps": 4}
@@ -48,7 +48,7 @@ def asked(monkeypatch):
         for key, configuration in configurations.items():
             seen.append(configuration)
             target = targets.get(configuration.target)
-            yield key, sweep._stamped("ok", None, target) | {"lds_bytes": len(seen)}
+            yield key, answers.stamped("ok", None, target) | {"lds_bytes": len(seen)}
 
     monkeypatch.setattr(sweep, "compile_all", pretend)
     return seen
@@ -146,7 +146,7 @@ def test_what_a_kernel_refuses_is_a_row_with_its_words_beside_those_that_compile
 
 def test_what_was_refused_is_not_asked_again(tmp_path, no_workers):
     (refused,) = grid(x_format="mxfp8", stages=1)
-    row = sweep.asked_row(refused, "lds") | sweep._stamped(
+    row = sweep.asked_row(refused, "lds") | answers.stamped(
         "compile_error", "no", targets.get("gfx950")
     )
     with records.Journal(tmp_path) as journal:
@@ -298,7 +298,7 @@ def test_rows_of_another_triton_answer_nothing(tmp_path, asked, monkeypatch):
 @pytest.mark.parametrize("status", ["crashed", "timeout"])
 def test_a_failure_of_the_machine_answers_no_other_configuration(tmp_path, asked, status):
     (first,) = grid(stages=1)
-    row = sweep.asked_row(first, "lds") | sweep._stamped(status, "", targets.get("gfx950"))
+    row = sweep.asked_row(first, "lds") | answers.stamped(status, "", targets.get("gfx950"))
     with records.Journal(tmp_path) as journal:
         journal.append(row)
     (same_code,) = grid(m=1536, stages=1)
@@ -310,7 +310,7 @@ def test_a_failure_of_the_machine_answers_no_other_configuration(tmp_path, asked
 
 def test_rows_that_were_compiled_survive_an_interrupt(tmp_path, monkeypatch):
     def interrupted(configurations, full, jobs, timeout_s, memory):
-        yield next(iter(configurations)), sweep._stamped("ok", None, targets.get("gfx950"))
+        yield next(iter(configurations)), answers.stamped("ok", None, targets.get("gfx950"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "compile_all", interrupted)
@@ -375,14 +375,14 @@ def misbehave(configuration, full, log, cache):
     if wrong == 6:
         raise compiler.CompileError("PassManager::run failed")
     target = targets.get(configuration.target)
-    return sweep._stamped("ok", None, target) | {"lds_bytes": wrong}
+    return answers.stamped("ok", None, target) | {"lds_bytes": wrong}
 
 
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory):
     """One sweep whose workers die, hang and raise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "_compile_one", misbehave)
+        patch.setattr(answers, "_compile_one", misbehave)
         start = time.monotonic()
         rows = sweep.run(
             grid(stages="1,2,3,4,5,6,7,8"),
@@ -430,7 +430,7 @@ def test_a_long_reason_is_cut_to_its_point(tmp_path):
     log = tmp_path / "log"
     log.write_text("note\n" + "ptxas error: too many\n" * 5000)
     message = "at 1:0:\n" + "    quoted source\n" * 200 + "    ^\nValueError: the point"
-    reason = sweep.words_of(message, log)
+    reason = answers.words_of(message, log)
     assert reason.splitlines() == [
         "at 1:0:",
         "...",
@@ -439,9 +439,22 @@ def test_a_long_reason_is_cut_to_its_point(tmp_path):
         "ptxas error: too many",
     ]
     log.write_text("error: " + "x" * 5000)
-    assert len(sweep.words_of("short", log)) == 800
+    assert len(answers.words_of("short", log)) == 800
 
 
 def test_a_row_that_says_little_costs_no_other_its_answer(tmp_path, asked):
     (tmp_path / "rows-0.jsonl").write_text('{"schema": 5, "status": "ok"}\n')
     assert list(sweep.run(grid(stages=1), tmp_path, progress=False)["status"]) == ["ok"]
+
+
+def no_start(parent, memory):
+    os._exit(9)
+
+
+def test_workers_that_end_before_they_take_a_task_end_the_sweep_and_blame_no_row(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(isolation, "attach", no_start)
+    with pytest.raises(OSError, match="ended before it took a configuration"):
+        sweep.run(grid(stages="1,2,3"), tmp_path, jobs=2, progress=False)
+    assert records.read(tmp_path).empty
