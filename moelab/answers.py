@@ -103,8 +103,10 @@ def stamped(status: str, reason: str | None, target: targets.Target) -> dict[str
 class Compilers(Protocol):
     """What answers questions, many at a time."""
 
-    ahead: int
-    """How many to ask before the first is answered, so that nobody waits for a question."""
+    @property
+    def ahead(self) -> int:
+        """How many to ask before the first is answered, so that nobody waits for a question."""
+        ...
 
     def ask(self, question: Question | CapturedLaunch) -> Future[Any]: ...
 
@@ -119,7 +121,7 @@ def spread(
     asked: dict[Future[Any], tuple[str, Question | CapturedLaunch]] = {}
     finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     while True:
-        for key, question in itertools.islice(left, compilers.ahead - len(asked)):
+        for key, question in itertools.islice(left, max(compilers.ahead - len(asked), 0)):
             future = compilers.ask(question)
             asked[future] = key, question
             future.add_done_callback(finished.put)
@@ -170,7 +172,7 @@ class LocalCompilers:
     def __init__(
         self, number: int, mode: str, timeout_s: float, memory: int, cache: Path | None = None
     ):
-        self.ahead = 2 * number
+        self._number = number
         self._mode, self._timeout_s, self._memory, self._cache = mode, timeout_s, memory, cache
         self._logs: dict[Future[Any], Path] = {}
         self._names = itertools.count()
@@ -179,6 +181,15 @@ class LocalCompilers:
         self._workers = self._open.enter_context(
             contextlib.closing(isolation.Workers(number, memory))
         )
+
+    @property
+    def ahead(self) -> int:
+        return 2 * self._number
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is asked that was not fetched."""
+        return not self._logs
 
     def ask(self, question: Question | CapturedLaunch) -> Future[Any]:
         log = self._folder / str(next(self._names))

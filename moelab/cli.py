@@ -93,6 +93,19 @@ _memory = click.option(
 )
 
 
+_dask = click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Let a dask cluster compile: tcp://HOST:PORT, tls://HOST:PORT, or local.",
+)
+
+
+class _ClusterLost(click.ClickException):
+    """A cluster's scheduler went away; what was finished is kept, and the same command goes on."""
+
+    exit_code = 5
+
+
 class _DiskFull(click.ClickException):
     """No room; what was finished is kept, and the same command goes on."""
 
@@ -143,6 +156,7 @@ def app() -> None:
 @_store
 @_jobs
 @_memory
+@_dask
 @_as_json
 def sweep(
     kernel: str,
@@ -166,13 +180,15 @@ def sweep(
     store: Path,
     jobs: int | None,
     memory: int | None,
+    dask: str | None,
     as_json: bool,
 ) -> None:
     """Tell the exact LDS of every configuration of a grid, without a GPU.
 
     What was finished is kept however a sweep ends, and the same command asks only for the rest.
     Ends with 0 where every configuration has its row, 1 where the machine lacks something, 2
-    after wrong use, 4 where the disk is full, 130 after Ctrl-C.
+    after wrong use, 4 where the disk is full, 5 where a cluster's scheduler is lost, 130 after
+    Ctrl-C.
 
     \b
     Example:
@@ -198,7 +214,7 @@ def sweep(
             scale_layout=scale_layout,
             fast_accum=fast_accum,
         )
-        rows, told = _asked(configurations, tritons, store, full, maps, jobs, memory)
+        rows, told = _asked(configurations, tritons, store, full, maps, jobs, memory, dask)
         if export is not None:
             records.export(rows, export)
     if as_json:
@@ -210,8 +226,12 @@ def sweep(
 
 @contextlib.contextmanager
 def _wrong_use() -> Iterator[None]:
-    """Tell what the user gave from what the machine lacks: exit codes 2 and 1; 4 is room."""
+    """Tell what the user gave from what the machine lacks: exit codes 2 and 1.
+
+    4 is room, 5 a lost cluster.
+    """
     from .bench import MeasureError
+    from .cluster import ClusterError, ClusterLostError
     from .launches import LaunchError
     from .parameters import ParameterError
     from .records import DiskFullError
@@ -221,9 +241,11 @@ def _wrong_use() -> Iterator[None]:
         yield
     except DiskFullError as error:
         raise _DiskFull(str(error)) from None
+    except ClusterLostError as error:
+        raise _ClusterLost(str(error)) from None
     except (ParameterError, LaunchError) as error:
         raise click.UsageError(str(error)) from None
-    except (OSError, ValueError, ToolchainError, MeasureError) as error:
+    except (OSError, ValueError, ToolchainError, MeasureError, ClusterError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -235,13 +257,14 @@ def _asked(
     maps: bool,
     jobs: int | None,
     memory: int | None,
+    dask: str | None = None,
 ) -> tuple[pd.DataFrame, list[Told]]:
     """Ask each Triton, and with ``maps`` also what async copy changed of each map."""
     from dataclasses import replace
 
     from . import lds_map, sweep
 
-    limits: dict[str, Any] = {"jobs": jobs, "memory": memory}
+    limits: dict[str, Any] = {"jobs": jobs, "memory": memory, "dask": dask}
     rows = sweep.each(questions, store, tritons, full=full, maps=maps, **limits)
     if not maps:
         return rows, []
