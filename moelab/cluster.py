@@ -257,6 +257,7 @@ class ClusterCompilers:
         self._client, self._how = client, how
         self._names = map("moelab-{}-{}".format, itertools.repeat(client.id), itertools.count())
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._open: set[Future[dict[str, Any]]] = set()
         self._waiting: list[_Asked] = []
         self._suspects: list[_Asked] = []
         self._asked: dict[str, _Asked] = {}
@@ -295,18 +296,22 @@ class ClusterCompilers:
 
     def _serve(self) -> None:
         while (events := self._next_events())[-1:] != [None]:
+            new = [of for of in events if isinstance(of, _Asked)]
+            self._open |= {of.future for of in new}
+            self._waiting += new
             try:
                 if self._error is None:
-                    self._waiting += [of for of in events if isinstance(of, _Asked)]
                     self._collect([of for of in events if isinstance(of, str)])
                     self._look()
                     self._submit()
+            except ClusterError as error:
+                self._error = error
             except Exception as error:
-                self._error = self._ended(error)
+                self._error = _lost(error)
             if self._error is not None:
-                for asked in [*events, *self._waiting, *self._suspects, *self._asked.values()]:
-                    if isinstance(asked, _Asked) and not asked.future.done():
-                        asked.future.set_exception(self._error)
+                for future in self._open:
+                    future.set_exception(self._error)
+                self._open.clear()
 
     def _next_events(self) -> list[Any]:
         """Wait for something to do: questions, names of tasks that are done, None at the end."""
@@ -315,11 +320,9 @@ class ClusterCompilers:
             return [first, *(self._events.get() for _ in range(self._events.qsize()))]
         return []
 
-    def _ended(self, error: Exception) -> ClusterError:
-        """Say what ended all."""
-        if isinstance(error, ClusterError):
-            return error
-        return ClusterLostError(f"the scheduler is lost ({type(error).__name__}: {error})")
+    def _done(self, asked: _Asked, answer: dict[str, Any]) -> None:
+        self._open.remove(asked.future)
+        asked.future.set_result(answer)
 
     def _submit(self) -> None:
         """Give questions to the cluster."""
@@ -354,6 +357,9 @@ class ClusterCompilers:
         for name, asked in done.items():
             reply, task = replies[name], asked.task
             asked.task = None
+            if task.status == "cancelled":
+                # The client does that with all that it asked a scheduler that is gone.
+                raise _lost("it was cancelled")
             if reply is None:
                 self._failed(asked, task.exception())
             elif "unfit" in reply:
@@ -371,7 +377,7 @@ class ClusterCompilers:
             self._waiting.append(asked)
             self._leave_out(reply["worker"], f"{reply['worker']}: its answer is none: {error}")
         else:
-            asked.future.set_result(reply["answer"])
+            self._done(asked, reply["answer"])
 
     def _failed(self, asked: _Asked, error: Exception) -> None:
         """Decide what becomes of a question whose task failed: asked again, or a row."""
@@ -394,7 +400,7 @@ class ClusterCompilers:
                     return
             reason = f"{type(error).__name__}: {error}"
         target = targets.get(asked.question.target)
-        asked.future.set_result(answers.stamped("crashed", reason[:_REASON_CHARACTERS], target))
+        self._done(asked, answers.stamped("crashed", reason[:_REASON_CHARACTERS], target))
 
     def _leave_out(self, worker: str, words: str) -> None:
         """Ask a worker no more."""
@@ -405,7 +411,9 @@ class ClusterCompilers:
             raise ClusterError("no worker is left to ask:\n" + "\n".join(self._unfit.values()))
 
     def _look(self) -> None:
-        """See which workers there are now."""
+        """See whether the scheduler is there, and which workers there are now."""
+        if self._client.status != "running":
+            raise _lost("no connection")
         if time.monotonic() - self._looked < _LOOK_S:
             return
         self._looked = time.monotonic()
@@ -417,6 +425,10 @@ class ClusterCompilers:
             if asked.among and asked.among.isdisjoint(self._threads):
                 self._asked.pop(name).task.cancel()
                 self._waiting.append(asked)
+
+
+def _lost(why: object) -> ClusterLostError:
+    return ClusterLostError(f"the scheduler is lost: {why}")
 
 
 def compile_all(
