@@ -45,7 +45,7 @@ def measure(
     progress: bool = True,
     peers: Sequence[str] = (),
     resume: str | None = None,
-    timeout_s: float = TIMEOUT_S,
+    device: Device | None = None,
 ) -> pd.DataFrame:
     """Time every configuration that fits.
 
@@ -60,7 +60,7 @@ def measure(
         peers: names of `peers.PEERS`, which take turns with ours of each problem that they
             are for. Problems must be `peers.plain`, and are measured one by one.
         resume: the run to go on with; problems of which it has all rows are not measured again.
-        timeout_s: of one step on the GPU, such as a turn.
+        device: what launches, for who measures more than once.
     Returns:
         a row per configuration, in their order; those not launched say why. Rows of peers
         follow.
@@ -82,17 +82,16 @@ def measure(
     said["run"] = resume or f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     how = How(workload, seed, rounds, repetitions, tuple(peers))
     questions = [sweep.settled(configuration) for configuration in configurations]
-    with (
-        tempfile.TemporaryDirectory(prefix="moelab-") as cache,
-        contextlib.closing(Device(Path(cache), timeout_s)) as device,
-    ):
+    with contextlib.ExitStack() as opened:
+        if device is None:
+            device = opened.enter_context(contextlib.closing(Device()))
         here = device.gpu
         launcher.check(questions, here)
         said["gpu"] = here.name
         run = _Run(questions, said, kept)
         left = run.left(bool(peers))
         compiled = {of: run.rows[of] for unit in left for of in unit}
-        answers = sweep.compiled(compiled, store, Path(cache), jobs, progress)
+        answers = sweep.compiled(compiled, store, device.cache, jobs, progress)
         for row in compiled.values():
             row |= answers[row["compile_key"]]
         try:
@@ -193,12 +192,14 @@ class Device:
     """The GPU at hand, through a worker; where that is lost, another one goes on.
 
     Args:
-        cache: folder of the Triton cache that is launched from.
         timeout_s: of one step on the GPU, such as a turn.
     """
 
-    def __init__(self, cache: Path, timeout_s: float = TIMEOUT_S):
-        self._cache, self._timeout_s = cache, timeout_s
+    def __init__(self, timeout_s: float = TIMEOUT_S):
+        self._timeout_s = timeout_s
+        self._folder = tempfile.TemporaryDirectory(prefix="moelab-")
+        # Of the compiler, to launch from.
+        self.cache = Path(self._folder.name)
         self._worker: Worker | None = None
         self._roofs: dict[int, Roofs] = {}
 
@@ -239,7 +240,7 @@ class Device:
         while groups:
             group = groups.pop(0)
             if group.blamed:
-                self.close()
+                self._end()
             try:
                 found, beside = self._together(group, told, how)
             except WorkerLost as lost:
@@ -287,20 +288,24 @@ class Device:
 
     def _ask(self, do: str, *, suspects: Sequence[str] = (), **rest: Any) -> Any:
         if self._worker is None:
-            self._worker = Worker(Build(), self._cache)
+            self._worker = Worker(Build(), self.cache)
             try:
                 self._worker.ask("hello", timeout_s=None)
             except WorkerLost as error:
-                self.close()
+                self._end()
                 raise MeasureError(f"the process that launches did not start: {error}") from None
         try:
             return self._worker.ask(do, suspects=suspects, timeout_s=self._timeout_s, **rest)
         except WorkerLost:
-            self.close()
+            self._end()
             raise
 
     def close(self) -> None:
-        """End its process."""
+        """End its process, and forget what was compiled."""
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
         if self._worker is not None:
             self._worker.close()
             self._worker = None

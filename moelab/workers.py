@@ -250,7 +250,8 @@ class _Served:
         self._asked: dict[str, Configuration] = {}
 
     def hello(self) -> None:
-        """Say that imports went well."""
+        """Say that imports went well, which take seconds."""
+        import torch  # noqa: F401
 
     def gpu(self) -> dict[str, str]:
         """Name the device, and what the compiler is asked for it."""

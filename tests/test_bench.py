@@ -347,7 +347,8 @@ def device(gpu, monkeypatch):
 def measured_by_workers(tmp_path, **changed):
     asked = grid(targets="sm_90", tiles="16x64x128", stages="1,2,3", m="512,1536")
     how = {"rounds": 2, "repetitions": 3, "progress": False} | changed
-    return bench.measure(asked, tmp_path / "rows", **how)
+    with contextlib.closing(bench.Device(timeout_s=3)) as device:
+        return bench.measure(asked, tmp_path / "rows", device=device, **how)
 
 
 CULPRIT = {"m": 512, "num_stages": 2}
@@ -358,12 +359,12 @@ CULPRIT = {"m": 512, "num_stages": 2}
     [
         ("loses", "RuntimeError: illegal access"),
         ("crashes", "its process died: SIGABRT; stderr has its words"),
-        ("hangs", "no answer after 2 s; its process was ended"),
+        ("hangs", "no answer after 3 s; its process was ended"),
     ],
 )
 def test_what_a_launch_does_to_its_process_costs_its_own_row(tmp_path, device, how, reason):
     device(**{how: CULPRIT})
-    rows = measured_by_workers(tmp_path, timeout_s=2).set_index(["m", "num_stages"])
+    rows = measured_by_workers(tmp_path).set_index(["m", "num_stages"])
     lost = rows.loc[512, 2]
     assert lost["status"] == "launch_error"
     assert lost["reason"] == f"{reason}; and so again, alone in a process of its own"
