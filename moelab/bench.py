@@ -88,9 +88,8 @@ def measure(
         here = device.gpu
         launcher.check(questions, here)
         said["gpu"] = here.name
-        run = _Run(questions, said, kept)
-        left = run.left(bool(peers))
-        compiled = {of: run.rows[of] for unit in left for of in unit}
+        run = _Run(questions, said, kept, by_problem=bool(peers))
+        compiled = {of: run.rows[of] for unit in run.left for of in unit}
         answers = sweep.compiled(compiled, store, device.cache, jobs, progress)
         for row in compiled.values():
             row |= answers[row["compile_key"]]
@@ -100,9 +99,11 @@ def measure(
                 records.room_at(store),
                 sweep.progress_bar(len(run.rows), len(compiled), progress, "measure") as bar,
             ):
-                for unit in left:
+                for unit in run.left:
                     journal.append(*run.measured(unit, device, how))
                     bar.update(len(unit))
+        except records.DiskFullError as error:
+            raise records.DiskFullError(f"{error}, with --resume {said['run']}") from None
         except (MeasureError, KeyboardInterrupt) as error:
             rest = f"the rows that were finished are in {store}; --resume {said['run']} goes on"
             if isinstance(error, MeasureError):
@@ -133,6 +134,9 @@ class _Run:
     Args:
         said: what every row says.
         kept: rows that an earlier call of this run has measured.
+        by_problem: measure layers apart.
+
+    ``left`` has what is measured together and was not yet.
     """
 
     def __init__(
@@ -140,20 +144,19 @@ class _Run:
         questions: Sequence[Configuration],
         said: dict[str, Any],
         kept: Sequence[dict[str, Any]],
+        by_problem: bool,
     ):
         self.rows = {of: sweep.asked_row(of, "measured") | said for of in questions}
         self.of_peers = [row for row in kept if row.get("peer") is not None]
         self._said = said
+        self.left: list[list[Configuration]] = []
         done = {records.key(row): row for row in kept}
-        self._done = {
-            of: done[key] for of, row in self.rows.items() if (key := records.key(row)) in done
-        }
-        self.rows |= self._done
-
-    def left(self, by_problem: bool) -> list[list[Configuration]]:
-        """Give what is measured together and was not yet, in order."""
-        units = launcher.by_problem(self.rows) if by_problem else _units(self.rows)
-        return [unit for unit in units if not all(of in self._done for of in unit)]
+        for unit in launcher.by_problem(self.rows) if by_problem else _units(self.rows):
+            found = {of: done.get(records.key(self.rows[of])) for of in unit}
+            if None in found.values():
+                self.left.append(unit)
+            else:
+                self.rows |= {of: row for of, row in found.items() if row is not None}
 
     def measured(
         self, unit: Sequence[Configuration], device: Device, how: How

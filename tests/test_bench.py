@@ -1,6 +1,7 @@
 """What is timed is what fits, loads what was told and is right; the rest says why not."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import re
@@ -436,6 +437,15 @@ def test_a_run_goes_on_with_the_problems_that_it_lacks(tmp_path, device, monkeyp
     assert_frame_equal(rows[rows["m"] == 512], kept[kept["m"] == 512])
     assert rows["time_us"].notna().all()
     assert len(list(records.lines(tmp_path / "rows"))) == 6
+
+
+def test_a_full_disk_says_how_the_run_goes_on(tmp_path, device, monkeypatch):
+    def full(self, *rows):
+        raise OSError(errno.ENOSPC, "No space left on device", "rows.jsonl")
+
+    monkeypatch.setattr(records.Journal, "append", full)
+    with pytest.raises(records.DiskFullError, match=r"make room .* --resume [0-9T]+-[0-9a-f]{6}$"):
+        measured_by_workers(tmp_path)
 
 
 @pytest.mark.parametrize(
