@@ -15,6 +15,7 @@ import importlib
 import ipaddress
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -103,6 +104,7 @@ def connected(
     check(address)
     distributed_ = imported()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_its_logs())
         if address == "local":
             address = stack.enter_context(_local(threads))
         elif address.startswith("tcp:") and not _is_loopback(address):
@@ -127,6 +129,20 @@ def connected(
                 + "\n".join(differing.values())
             )
         yield client
+
+
+@contextlib.contextmanager
+def _without_its_logs() -> Iterator[None]:
+    """Keep dask's logs from stderr: what is lost, and what to do then, an error says in a line."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _is_loopback(address: str) -> bool:
@@ -353,13 +369,13 @@ class ClusterCompilers:
         done = {name: self._asked.pop(name) for name in names if name in self._asked}
         if not done:
             return
+        if any(of.task.status == "cancelled" for of in done.values()):
+            # The client does that with all that it asked a scheduler that is gone.
+            raise _lost("it does not answer any more")
         replies = self._client.gather({name: of.task for name, of in done.items()}, errors="skip")
         for name, asked in done.items():
             reply, task = replies[name], asked.task
             asked.task = None
-            if task.status == "cancelled":
-                # The client does that with all that it asked a scheduler that is gone.
-                raise _lost("it was cancelled")
             if reply is None:
                 self._failed(asked, task.exception())
             elif "unfit" in reply:
