@@ -44,10 +44,16 @@ _CONNECT_S = 10
 # Of a worker's task: how soon it sees that nobody waits for it any more.
 _ABANDONED_S = 0.2
 
+# A worker's results are fetched in some milliseconds, if somebody fetches them.
+_FETCHED_S = 1.0
+
 # How soon a worker that came or went is seen.
 _LOOK_S = 1.0
 
 _REASON_CHARACTERS = 800
+
+# How the names of tasks begin.
+_OURS = "moelab-"
 
 
 class ClusterError(Exception):
@@ -271,7 +277,9 @@ class ClusterCompilers:
 
     def __init__(self, client: distributed.Client, how: How):
         self._client, self._how = client, how
-        self._names = map("moelab-{}-{}".format, itertools.repeat(client.id), itertools.count())
+        self._names = map(
+            f"{_OURS}{{}}-{{}}".format, itertools.repeat(client.id), itertools.count()
+        )
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open: set[Future[dict[str, Any]]] = set()
         self._waiting: list[_Asked] = []
@@ -541,6 +549,7 @@ def _started(
 def _answered(question: bytes, how: bytes) -> dict[str, Any]:
     """Answer in a thread of a dask worker; what it runs in is another process."""
     worker = imported().get_worker()
+    _let_fetch(worker)
     key = worker.get_current_task()
     asked: How = pickle.loads(how)
     there = here([name for name in asked.needed if name not in _CURE])
@@ -559,6 +568,17 @@ def _answered(question: bytes, how: bytes) -> dict[str, Any]:
         return {"worker": worker.address, "answer": compilers.answer(done, asks)}
     except OSError as error:
         return {"worker": worker.address, "unfit": f"{worker.address}: {error}"}
+
+
+def _let_fetch(worker: Any) -> None:
+    """Begin nothing while a result lies here: with the worker both would be lost, and done again."""
+    end = time.monotonic() + _FETCHED_S
+    while time.monotonic() < end:
+        # It changes meanwhile.
+        with contextlib.suppress(RuntimeError):
+            if not any(str(key).startswith(_OURS) for key in worker.data):
+                return
+        time.sleep(0.001)
 
 
 _one_at_a_time = threading.Lock()
