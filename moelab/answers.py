@@ -101,24 +101,24 @@ def stamped(status: str, reason: str | None, target: targets.Target) -> dict[str
 
 
 class Compilers(Protocol):
-    """What answers questions, many at a time."""
+    """What answers questions, many at a time: of the compiler, or any others."""
 
     @property
     def ahead(self) -> int:
         """How many to ask before the first is answered, so that nobody waits for a question."""
         ...
 
-    def ask(self, question: Question | CapturedLaunch) -> Future[Any]: ...
+    def ask(self, question: Any) -> Future[Any]: ...
 
-    def answer(self, done: Future[Any], question: Question | CapturedLaunch) -> dict[str, Any]: ...
+    def answer(self, done: Future[Any], question: Any) -> Any: ...
 
 
 def spread(
-    questions: Mapping[str, Question | CapturedLaunch], compilers: Compilers
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    questions: Mapping[str, Any], compilers: Compilers
+) -> Generator[tuple[str, Any], None, None]:
     """Yield each key's answer as it comes, asking only so many ahead."""
     left = iter(questions.items())
-    asked: dict[Future[Any], tuple[str, Question | CapturedLaunch]] = {}
+    asked: dict[Future[Any], tuple[str, Any]] = {}
     finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     while True:
         for key, question in itertools.islice(left, max(compilers.ahead - len(asked), 0)):

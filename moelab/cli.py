@@ -443,6 +443,12 @@ def _refuse_beside(option: str, *names: str) -> None:
 )
 @click.option("--repetitions", default=10, help="Samples of each in a round.")
 @click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Let the GPUs of a dask cluster measure: tcp://HOST:PORT, tls://HOST:PORT, or local for "
+    "every GPU of this machine.",
+)
+@click.option(
     "--resume",
     metavar="RUN",
     help="Go on with a run that was ended: only problems that it lacks are measured.",
@@ -474,6 +480,7 @@ def measure(
     seed: int,
     rounds: int,
     repetitions: int,
+    dask: str | None,
     resume: str | None,
     peers: str,
     sides: tuple[str, ...],
@@ -495,7 +502,8 @@ def measure(
 
     Launches are made by a process of their own. One that crashes it, hangs it or loses it the
     GPU is tried once more, alone; its neighbours are measured anew. A run that was ended, with
-    Ctrl-C for example, says how --resume goes on with it.
+    Ctrl-C for example, says how --resume goes on with it. --dask gives each problem to one of
+    many GPUs of a kind.
 
     --peers sets the grouped GEMMs of PyTorch, triton_kernels and DeepGEMM beside ours, as far
     as they are installed. They know no SwiGLU, bias or routing weights, so that ours leave
@@ -529,10 +537,18 @@ def measure(
         for name in ("apart", "threshold", "markdown"):
             if _was_given(name):
                 raise click.UsageError(f"--{name} is of --ab BASE --ab CANDIDATE; give these too")
-    with _wrong_use() if not sides else _wrong_use_or_nothing_measured():
+        if dask is not None and jobs is not None:
+            raise click.UsageError(
+                "--jobs is of this machine; a cluster compiles with the threads of its workers, "
+                "`dask worker --nthreads`"
+            )
+    guarded = _wrong_use_or_nothing_measured() if sides else _wrong_use()
+    with guarded, contextlib.ExitStack() as opened:
+        devices = None if dask is None else opened.enter_context(bench.devices(dask))
+        here = bench.gpu() if devices is None else devices.gpu
         asked = plan.grid(
             kernels=kernel,
-            targets=bench.gpu().target.name,
+            targets=here.target.name,
             **{_PLURAL.get(name, name): value for name, value in same.items()},
         )
         if sides:
@@ -565,6 +581,7 @@ def measure(
             jobs=jobs,
             peers=names,
             resume=resume,
+            device=devices,
         )
         if export is not None:
             records.export(rows, export)
@@ -590,8 +607,9 @@ def _refuse_beside_ab(sides: Sequence[str], peers: str) -> None:
         )
     if peers:
         raise click.UsageError("--peers takes turns with one grid; leave it out with --ab")
-    if _was_given("resume"):
-        raise click.UsageError("--resume goes on with one grid; leave it out with --ab")
+    for name in ("resume", "dask"):
+        if _was_given(name):
+            raise click.UsageError(f"--{name} is of one grid; leave it out with --ab")
 
 
 @contextlib.contextmanager

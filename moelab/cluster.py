@@ -26,11 +26,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from . import __version__, answers, records, targets, toolchain
 from .specs import CapturedLaunch, KernelLaunch, Question
@@ -92,9 +92,22 @@ def check(address: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class LocalWorker:
+    """A worker of ``local``: how many threads it has, what it announces, and its environment."""
+
+    threads: int = 1
+    resources: Mapping[str, int] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
 def connected(
-    address: str, *, files: Collection[str] = (), threads: int = 1
+    address: str,
+    *,
+    files: Collection[str] = (),
+    resources: Mapping[str, int] | None = None,
+    local: Sequence[LocalWorker] = (LocalWorker(),),
 ) -> Iterator[distributed.Client]:
     """Connect to a cluster, and wait until a worker is there.
 
@@ -102,7 +115,8 @@ def connected(
         address: of a scheduler, or ``local``: one that is started, and ends, on this machine,
             where nobody else reaches it.
         files: what workers must have, too, as it is here; see `here`.
-        threads: of ``local``.
+        resources: what tasks will take of a worker that announces it, such as ``{"GPU": 1}``.
+        local: the workers of ``local``.
     Raises:
         ClusterError: dask.distributed is missing, no scheduler answers, or a worker has another
             moelab, Triton or file than this process; the message names it.
@@ -112,7 +126,7 @@ def connected(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_its_logs())
         if address == "local":
-            address = stack.enter_context(_local(threads))
+            address = stack.enter_context(_local(local))
         elif address.startswith("tcp:") and not _is_loopback(address):
             say(
                 f"Whoever reaches {address} can run code on every worker and here: keep it in a "
@@ -127,7 +141,7 @@ def connected(
             ) from None
         # Not for ever: a lost scheduler answers to nothing.
         stack.callback(client.close, timeout=1)
-        _wait_for_workers(client)
+        _wait_for_workers(client, resources or {})
         differing = unfit(client, here(files))
         if differing:
             raise ClusterError(
@@ -166,14 +180,31 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _wait_for_workers(client: distributed.Client) -> None:
+def _wait_for_workers(client: distributed.Client, resources: Mapping[str, int]) -> None:
     """Wait as long as it takes: a batch system may give machines in an hour."""
     told = time.monotonic() + 2
-    while not client.nthreads():
+    while not slots(client, resources):
         if time.monotonic() > told:
             told = float("inf")
-            say("The scheduler has no worker yet; waiting for the first (Ctrl-C ends this)")
+            offers = "".join(f" with --resources {name}={of}" for name, of in resources.items())
+            say(f"The scheduler has no worker{offers} yet; waiting for one (Ctrl-C ends this)")
         time.sleep(0.1)
+
+
+def slots(client: distributed.Client, resources: Mapping[str, int]) -> dict[str, int]:
+    """Count the tasks that each worker does at once, if each takes these resources.
+
+    Returns:
+        by address; a worker that does none is left out.
+    """
+    if not resources:
+        return dict(client.nthreads())
+    told = client.scheduler_info(n_workers=-1)["workers"]
+    counts = {
+        address: min(int(worker["resources"].get(name, 0) // of) for name, of in resources.items())
+        for address, worker in told.items()
+    }
+    return {address: count for address, count in counts.items() if count}
 
 
 # What a worker must have.
@@ -235,19 +266,41 @@ def unfit(client: distributed.Client, needed: Mapping[str, str]) -> dict[str, st
 # The end of whoever asks.
 
 
-@dataclass(frozen=True)
-class How:
-    """What all questions of a sweep share, as `answers.LocalCompilers` takes it.
+class Job(Protocol):
+    """What a cluster is asked to do many times; it travels to the workers.
 
-    Args:
-        memory: None is half of the worker's machine's.
-        needed: what a worker must have, as `here` tells it.
+    ``needed`` is what a worker must have, as `here` tells it; ``resources`` are what it announces,
+    such as ``{"GPU": 1}``, and a task takes.
     """
 
-    mode: str
-    timeout_s: float
-    memory: int | None
-    needed: Mapping[str, str]
+    @property
+    def needed(self) -> Mapping[str, str]: ...
+
+    @property
+    def resources(self) -> Mapping[str, int]: ...
+
+    def do(self, question: Any, threads: int, abandoned: Callable[[], bool]) -> Any:
+        """Answer, in a thread of a dask worker.
+
+        Args:
+            threads: of that worker.
+            abandoned: tells whether nobody waits for it any more.
+        Raises:
+            OSError: this worker can't.
+        """
+        ...
+
+    def check(self, question: Any, answer: Any) -> None:
+        """Refuse what is no answer.
+
+        Raises:
+            ValueError: the message says why.
+        """
+        ...
+
+    def crashed(self, question: Any, reason: str) -> Any:
+        """Give the answer of what kills its workers."""
+        ...
 
 
 @dataclass
@@ -261,47 +314,45 @@ class _Asked:
         alone: its worker died so often that it was asked again while nothing else is under way.
     """
 
-    question: Question | CapturedLaunch
-    future: Future[dict[str, Any]]
+    question: Any
+    future: Future[Any]
     task: Any = None
     among: frozenset[str] | None = None
     alone: bool = False
 
 
-class ClusterCompilers:
-    """The workers of a cluster, as `answers.Compilers`.
+class Tasks:
+    """The workers of a cluster, which do a job: `answers.Compilers` of `answers.spread`.
 
     One thread talks to the scheduler, about as many questions at once as there are: a message
     takes a millisecond, whatever is in it.
     """
 
-    def __init__(self, client: distributed.Client, how: How):
-        self._client, self._how = client, how
+    def __init__(self, client: distributed.Client, job: Job):
+        self._client, self._job = client, job
         self._names = (f"{_OURS}{client.id}-{number}" for number in itertools.count())
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._open: set[Future[dict[str, Any]]] = set()
+        self._open: set[Future[Any]] = set()
         self._waiting: list[_Asked] = []
         self._suspects: list[_Asked] = []
         self._asked: dict[str, _Asked] = {}
         self._unfit: dict[str, str] = {}
         self._error: ClusterError | None = None
-        self._threads: dict[str, int] = client.nthreads()
+        self._slots = slots(client, job.resources)
         self._looked = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="moelab-cluster", daemon=True)
         self._thread.start()
 
     @property
     def ahead(self) -> int:
-        return 2 * max(sum(self._threads.values()), 1)
+        return 2 * max(sum(self._slots.values()), 1)
 
-    def ask(self, question: Question | CapturedLaunch) -> Future[dict[str, Any]]:
-        future: Future[dict[str, Any]] = Future()
+    def ask(self, question: Any) -> Future[Any]:
+        future: Future[Any] = Future()
         self._events.put(_Asked(question, future))
         return future
 
-    def answer(
-        self, done: Future[dict[str, Any]], question: Question | CapturedLaunch
-    ) -> dict[str, Any]:
+    def answer(self, done: Future[Any], question: Any) -> Any:
         """Give what a worker answered.
 
         Raises:
@@ -342,7 +393,7 @@ class ClusterCompilers:
             return [first, *(self._events.get() for _ in range(self._events.qsize()))]
         return []
 
-    def _done(self, asked: _Asked, answer: dict[str, Any]) -> None:
+    def _done(self, asked: _Asked, answer: Any) -> None:
         self._open.remove(asked.future)
         asked.future.set_result(answer)
 
@@ -356,14 +407,15 @@ class ClusterCompilers:
         if not new:
             return
         names = list(itertools.islice(self._names, len(new)))
-        among = frozenset(self._threads) - self._unfit.keys() if self._unfit else None
+        among = frozenset(self._slots) - self._unfit.keys() if self._unfit else None
         tasks = self._client.map(
-            _answered,
+            _done_there,
             # Bytes, in which dask looks for no futures.
             [pickle.dumps(of.question) for of in new],
-            how=pickle.dumps(self._how),
+            job=pickle.dumps(self._job),
             key=names,
             workers=among and sorted(among),
+            resources=dict(self._job.resources),
         )
         for name, asked, task in zip(names, new, tasks, strict=True):
             asked.task, asked.among = task, among
@@ -394,7 +446,7 @@ class ClusterCompilers:
     def _checked(self, asked: _Asked, reply: Mapping[str, Any]) -> None:
         """Take a reply for an answer, if it is one."""
         try:
-            records.check_answer(reply["answer"])
+            self._job.check(asked.question, reply["answer"])
         except ValueError as error:
             self._waiting.append(asked)
             self._leave_out(reply["worker"], f"{reply['worker']}: its answer is none: {error}")
@@ -415,21 +467,20 @@ class ClusterCompilers:
             )
         else:
             # Such as a worker that came without moelab, and can't say so itself.
-            for worker, words in unfit(self._client, self._how.needed).items():
+            for worker, words in unfit(self._client, self._job.needed).items():
                 if worker not in self._unfit:
                     self._waiting.append(asked)
                     self._leave_out(worker, words)
                     return
             reason = f"{type(error).__name__}: {error}"
-        target = targets.get(asked.question.target)
-        self._done(asked, answers.stamped("crashed", reason[:_REASON_CHARACTERS], target))
+        self._done(asked, self._job.crashed(asked.question, reason[:_REASON_CHARACTERS]))
 
     def _leave_out(self, worker: str, words: str) -> None:
         """Ask a worker no more."""
         if worker not in self._unfit:
             self._unfit[worker] = words
             say(f"{words}\nNothing more is asked of this worker")
-        if self._threads and self._threads.keys() <= self._unfit.keys():
+        if self._slots and self._slots.keys() <= self._unfit.keys():
             raise ClusterError("no worker is left to ask:\n" + "\n".join(self._unfit.values()))
 
     def _look(self) -> None:
@@ -439,12 +490,12 @@ class ClusterCompilers:
         if time.monotonic() - self._looked < _LOOK_S:
             return
         self._looked = time.monotonic()
-        before, self._threads = self._threads, self._client.nthreads()
-        if before and not self._threads:
+        before, self._slots = self._slots, slots(self._client, self._job.resources)
+        if before and not self._slots:
             say("No worker is left; waiting for one (Ctrl-C ends this; what was finished is kept)")
         for name, asked in list(self._asked.items()):
             # Dask would wait for those that it was given to.
-            if asked.among and asked.among.isdisjoint(self._threads):
+            if asked.among and asked.among.isdisjoint(self._slots):
                 self._asked.pop(name).task.cancel()
                 self._waiting.append(asked)
 
@@ -476,20 +527,53 @@ def compile_all(
     files = {name.partition(":")[0] for name in kernels}
     files = {name for name in files if name.endswith(".py")}
     with (
-        connected(address, files=files, threads=jobs) as client,
-        contextlib.closing(
-            ClusterCompilers(client, How(mode, timeout_s, memory, here(files)))
-        ) as compilers,
+        connected(address, files=files, local=[LocalWorker(jobs)]) as client,
+        contextlib.closing(Tasks(client, _Compile(mode, timeout_s, memory, here(files)))) as tasks,
     ):
-        yield from answers.spread(questions, compilers)
+        yield from answers.spread(questions, tasks)
+
+
+@dataclass(frozen=True)
+class _Compile:
+    """The job of a sweep.
+
+    Args:
+        mode, timeout_s, memory: as `answers.LocalCompilers` takes them; no memory is half of the
+            worker's machine's.
+        needed: see `Job`.
+    """
+
+    mode: str
+    timeout_s: float
+    memory: int | None
+    needed: Mapping[str, str]
+    resources: Mapping[str, int] = field(default_factory=dict)
+
+    def do(
+        self, question: Question | CapturedLaunch, threads: int, abandoned: Callable[[], bool]
+    ) -> dict[str, Any]:
+        with _one_at_a_time:
+            compilers = _compilers(threads, self)
+            done = compilers.ask(question)
+        while not wait([done], timeout=_ABANDONED_S).done:
+            if abandoned():
+                # This ends the process, too.
+                done.cancel()
+        return compilers.answer(done, question)
+
+    def check(self, question: Question | CapturedLaunch, answer: Any) -> None:
+        records.check_answer(answer)
+
+    def crashed(self, question: Question | CapturedLaunch, reason: str) -> dict[str, Any]:
+        return answers.stamped("crashed", reason, targets.get(question.target))
 
 
 # A scheduler of our own.
 
 
 @contextlib.contextmanager
-def _local(threads: int) -> Iterator[str]:
-    """Start a scheduler and a worker that no other machine reaches; yields the address."""
+def _local(workers: Sequence[LocalWorker]) -> Iterator[str]:
+    """Start a scheduler and workers that no other machine reaches; yields the address."""
     # Without a dashboard both still listen for requests of their state, on every interface if
     # they are not told where.
     common = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
@@ -505,16 +589,20 @@ def _local(threads: int) -> Iterator[str]:
             log.seek(0)
             raise ClusterError(f"dask's scheduler did not start:\n{log.read()[-800:]}")
         address = str(json.loads(file.read_text())["address"])
-        _started(
-            ["worker", *common, "--nthreads", str(threads), "--local-directory", folder, address],
-            log,
-            stack,
-        )
+        for worker in workers:
+            command = ["worker", *common, "--nthreads", str(worker.threads), "--no-nanny"]
+            for name, of in worker.resources.items():
+                command += ["--resources", f"{name}={of}"]
+            command += ["--local-directory", folder, address]
+            _started(command, log, stack, worker.environment)
         yield address
 
 
 def _started(
-    command: list[str], log: IO[str], stack: contextlib.ExitStack
+    command: list[str],
+    log: IO[str],
+    stack: contextlib.ExitStack,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start one of dask's commands, which ends with this process, however that ends."""
     code = (
@@ -525,6 +613,7 @@ def _started(
         [sys.executable, "-c", code, str(os.getpid()), *command],
         stdout=log,
         stderr=log,
+        env=os.environ | dict(environment or {}),
         # A terminal's Ctrl-C is for whoever asked.
         start_new_session=True,
     )
@@ -544,28 +633,28 @@ def _started(
 # The worker's end.
 
 
-def _answered(question: bytes, how: bytes) -> dict[str, Any]:
-    """Answer in a thread of a dask worker; what it runs in is another process."""
+def _done_there(question: bytes, job: bytes) -> dict[str, Any]:
+    """Do a job in a thread of a dask worker; what is risky runs in another process."""
     worker = imported().get_worker()
     _let_fetch(worker)
     key = worker.get_current_task()
-    asked: How = pickle.loads(how)
+    asked: Job = pickle.loads(job)
     there = here([name for name in asked.needed if name not in _CURE])
     if differences := _differences(there, asked.needed):
         return {"worker": worker.address, "unfit": f"{worker.address}: " + "; ".join(differences)}
-    asks: Question | CapturedLaunch = pickle.loads(question)
-    with _one_at_a_time:
-        compilers = _compilers(worker.state.nthreads, asked)
-        done = compilers.ask(asks)
-    while not wait([done], timeout=_ABANDONED_S).done:
+
+    def abandoned() -> bool:
         task = worker.state.tasks.get(key)
-        if task is None or task.state == "cancelled":
-            # Whoever asked is gone, or was interrupted. This ends the process, too.
-            done.cancel()
+        return task is None or task.state == "cancelled"
+
+    # Under a nanny this process is a daemon, which multiprocessing allows no others. Those that
+    # are started here end with it by themselves.
+    multiprocessing.current_process().daemon = False
     try:
-        return {"worker": worker.address, "answer": compilers.answer(done, asks)}
+        answer = asked.do(pickle.loads(question), worker.state.nthreads, abandoned)
     except OSError as error:
         return {"worker": worker.address, "unfit": f"{worker.address}: {error}"}
+    return {"worker": worker.address, "answer": answer}
 
 
 def _let_fetch(worker: Any) -> None:
@@ -583,15 +672,12 @@ _one_at_a_time = threading.Lock()
 _kept: dict[tuple[Any, ...], answers.LocalCompilers] = {}
 
 
-def _compilers(threads: int, asked: How) -> answers.LocalCompilers:
+def _compilers(threads: int, asked: _Compile) -> answers.LocalCompilers:
     """Give this dask worker's processes, which stay: one takes seconds to import Triton."""
     memory = asked.memory or answers.half_of_memory()
     same = threads, asked.mode, asked.timeout_s, memory
     if same not in _kept:
         for other in [other for other, of in _kept.items() if of.idle]:
             _kept.pop(other).close()
-        # Under a nanny this process is a daemon, which multiprocessing allows no others. Those
-        # that are started here end with it by themselves.
-        multiprocessing.current_process().daemon = False
         _kept[same] = answers.LocalCompilers(*same)
     return _kept[same]

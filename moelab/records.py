@@ -320,6 +320,17 @@ def check_answer(answer: Any) -> None:
     Raises:
         ValueError: a column that no answer has, or a value that the column can't have.
     """
+    check_row(answer)
+    if key := next((name for name in KEY if name in answer), None):
+        raise ValueError(f"no answer has a column {key!r}")
+
+
+def check_row(answer: Any) -> None:
+    """Refuse what another machine gave for a row, or a part of one, and is none.
+
+    Raises:
+        ValueError: a column that no row has, or a value that the column can't have.
+    """
     if not isinstance(answer, dict):
         raise ValueError(f"expected columns and values, not {type(answer).__name__}")
     if answer.get("status") not in STATUSES or answer.get("schema") != SCHEMA_VERSION:
@@ -328,8 +339,8 @@ def check_answer(answer: Any) -> None:
             f"{SCHEMA_VERSION} and one of {', '.join(STATUSES)}"
         )
     for name, value in answer.items():
-        if name not in COLUMNS or name in KEY:
-            raise ValueError(f"no answer has a column {str(name)[:60]!r}")
+        if name not in COLUMNS:
+            raise ValueError(f"no row has a column {str(name)[:60]!r}")
         right = isinstance(value, _TYPES[COLUMNS[name]])
         if isinstance(value, bool) and COLUMNS[name] != "boolean":
             right = False

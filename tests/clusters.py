@@ -71,6 +71,13 @@ class Cluster:
             time.sleep(0.02)
         return json.loads(self._file.read_text())["address"]
 
+    def wait_for_workers(self, count):
+        """Wait until so many have joined."""
+        import distributed
+
+        with distributed.Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(count, timeout=10)
+
     def runs(self):
         """Of each task that was begun, in order: its stage count and its worker's process id."""
         begun = [path.name.split(":") for path in (self.folder / "runs").iterdir()]
