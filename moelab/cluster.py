@@ -132,6 +132,11 @@ def connected(
                 f"Whoever reaches {address} can run code on every worker and here: keep it in a "
                 "network that you trust, or use tls:// (docs/many_machines.md)"
             )
+        elif address.startswith("tls:") and not _has_certificate(distributed_):
+            raise ClusterError(
+                f"{address} asks for a certificate, and this process has no certificate: set "
+                "distributed.comm.tls in dask's configuration, as docs/many_machines.md shows"
+            )
         try:
             client = distributed_.Client(address, timeout=_CONNECT_S, set_as_default=False)
         except (OSError, distributed_.comm.CommClosedError) as error:
@@ -149,6 +154,10 @@ def connected(
                 + "\n".join(differing.values())
             )
         yield client
+
+
+def _has_certificate(distributed_: Any) -> bool:
+    return distributed_.Security().get_connection_args("client")["ssl_context"] is not None
 
 
 @contextlib.contextmanager

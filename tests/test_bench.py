@@ -514,6 +514,7 @@ def test_each_problem_is_measured_by_one_of_many_gpus(tmp_path):
 
 
 @needs_dask
+@pytest.mark.slow
 def test_a_launch_that_loses_a_gpu_of_a_cluster_costs_its_own_row(tmp_path):
     with gpus(tmp_path, {"crashes": CULPRIT}) as of:
         rows = asked_of_cluster(tmp_path, of.address).set_index(["m", "num_stages"])

@@ -2,20 +2,29 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import faults
 import pytest
-from clusters import Cluster
+from clusters import Cluster, listening
 from faults import ABORT, HANG, KILLER, SEGFAULT, STUMBLE, Sweep
 from pandas.testing import assert_frame_equal
 
 from moelab import answers, cluster, records, sweep, targets
 
-pytest.importorskip("distributed")
+distributed = pytest.importorskip("distributed")
+dask = pytest.importorskip("dask")
+
+HERE = Path(__file__).parent
+
+# 127.0.0.1, as /proc/net/tcp writes it.
+LOOPBACK_IN_HEX = "0100007F"
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +145,65 @@ def test_who_asks_may_be_interrupted_or_killed_and_leaves_no_task(two, tmp_path,
     began = time.monotonic()
     run([5, 6], tmp_path, two.address)
     assert time.monotonic() - began < 5
+
+
+# A cluster of our own.
+
+
+@pytest.fixture
+def pretended_workers(tmp_path, monkeypatch):
+    """Let workers of ``local`` answer as `faults` does, and be found."""
+    script = tmp_path / "preload.py"
+    script.write_text("import faults; faults.pretend()")
+    monkeypatch.setenv("DASK_DISTRIBUTED__WORKER__PRELOAD", str(script))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, sys.path)]))
+    monkeypatch.setenv(faults.MARK, str(tmp_path))
+    return tmp_path
+
+
+def test_a_local_cluster_gives_the_same_rows_and_ends_with_its_sweep(pretended_workers):
+    here = sweep.run(faults.questions([1, 2, ABORT]), pretended_workers / "here", progress=False)
+    there = run([1, 2, ABORT], pretended_workers / "there", "local", jobs=2)
+    assert_frame_equal(there, here)
+    left = faults.outlived(pretended_workers).values()
+    # This process, and what it tracks its own processes' resources with.
+    assert [command for command in left if "dask" in str(command) or "spawn" in str(command)] == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_only_this_machine_reaches_a_local_cluster_and_none_of_it_outlives_its_sweep(
+    pretended_workers, how
+):
+    process = Sweep(pretended_workers, [1, HANG], dask="local", jobs=2)
+    process.wait_for_a_row()
+    started = faults.alive(pretended_workers).keys() - {os.getpid()}
+    # The sweep, a scheduler, a worker, and its processes.
+    assert len(started) >= 4
+    assert listening(started) == {LOOPBACK_IN_HEX}
+    process.process.send_signal(how)
+    process.end()
+    assert faults.outlived(pretended_workers).keys() - {os.getpid()} == set()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_a_cluster_with_certificates_answers_who_has_one_and_nobody_else(tmp_path):
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=moelab -keyout {key}"
+    subprocess.run([*command.split(), "-out", cert], check=True, capture_output=True)
+    options = ["--protocol", "tls", "--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key]
+    with Cluster(folder, 1, options=options) as of:
+        assert of.address.startswith("tls://127.0.0.1:")
+        with pytest.raises(
+            cluster.ClusterError, match=r"has no certificate.*distributed\.comm\.tls"
+        ):
+            run([1], tmp_path / "rows", of.address)
+        # As its YAML has it.
+        tls = {"ca-file": str(cert), "client": {"cert": str(cert), "key": str(key)}}
+        with dask.config.set({"distributed.comm.tls": tls}):
+            rows = run([1, 2], tmp_path / "rows", of.address)
+    assert list(rows["status"]) == ["ok", "ok"]
 
 
 # Who may answer.
