@@ -195,13 +195,10 @@ def test_a_cluster_with_certificates_answers_who_has_one_and_nobody_else(tmp_pat
     options = ["--protocol", "tls", "--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key]
     with Cluster(folder, 1, options=options) as of:
         assert of.address.startswith("tls://127.0.0.1:")
-        with pytest.raises(
-            cluster.ClusterError, match=r"has no certificate.*distributed\.comm\.tls"
-        ):
+        with pytest.raises(cluster.ClusterError, match=r"no certificate: set distributed\.comm"):
             run([1], tmp_path / "rows", of.address)
-        # As its YAML has it.
-        tls = {"ca-file": str(cert), "client": {"cert": str(cert), "key": str(key)}}
-        with dask.config.set({"distributed.comm.tls": tls}):
+        tls = {"ca-file": cert, "client.cert": cert, "client.key": key}
+        with dask.config.set({f"distributed.comm.tls.{of}": str(at) for of, at in tls.items()}):
             rows = run([1, 2], tmp_path / "rows", of.address)
     assert list(rows["status"]) == ["ok", "ok"]
 
