@@ -377,7 +377,7 @@ class Tasks:
     # All below is the thread's.
 
     def _serve(self) -> None:
-        while (events := self._next_events())[-1:] != [None]:
+        while None not in (events := self._next_events()):
             new = [of for of in events if isinstance(of, _Asked)]
             self._open |= {of.future for of in new}
             self._waiting += new
