@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import compiler, isolation, records, targets, toolchain
+from . import compiler, disk, isolation, records, targets, toolchain
 from .answers import LEAST_MEMORY, TIMEOUT_S, compile_all, cores
 from .launches import LaunchError
 from .specs import Configuration, KernelLaunch, Question
@@ -66,7 +66,7 @@ def run(
     Raises:
         ValueError: fewer than one job, too little memory, or a launch that does not describe
             its kernel.
-        OSError: the store can't be written to; `records.DiskFullError` where it is full.
+        OSError: the store can't be written to; `disk.DiskFullError` where it is full.
         ToolchainError: no such Triton, or it does not start.
         Interrupted: Ctrl-C; the rows that were finished are in the store.
     """
@@ -151,7 +151,7 @@ def _answered_by(
 _RAISED = {
     "LaunchError": LaunchError,
     "ValueError": ValueError,
-    "DiskFullError": records.DiskFullError,
+    "DiskFullError": disk.DiskFullError,
     "OSError": OSError,
 }
 
@@ -215,7 +215,7 @@ def _answered(
             with (
                 contextlib.closing(compiled),
                 records.Journal(store) as journal,
-                records.room_at(store),
+                disk.room_at(store),
                 progress_bar(len(asked), left, progress) as bar,
             ):
                 for found in answers:
