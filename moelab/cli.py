@@ -420,6 +420,11 @@ def _refuse_beside(option: str, *names: str) -> None:
 )
 @click.option("--repetitions", default=10, help="Samples of each in a round.")
 @click.option(
+    "--resume",
+    metavar="RUN",
+    help="Go on with a run that was ended: only problems that it lacks are measured.",
+)
+@click.option(
     "--peers",
     is_flag=False,
     flag_value="all",
@@ -446,6 +451,7 @@ def measure(
     seed: int,
     rounds: int,
     repetitions: int,
+    resume: str | None,
     peers: str,
     sides: tuple[str, ...],
     apart: bool,
@@ -463,6 +469,10 @@ def measure(
     Configurations of a problem take turns in random order; each sample follows a flush of
     the L2. Beside each time stands what compute and bandwidth allow, measured in the same run.
     With --layer all, both layers are timed together too.
+
+    Launches are made by a process of their own. One that crashes it, hangs it or loses it the
+    GPU is tried once more, alone; its neighbours are measured anew. A run that was ended, with
+    Ctrl-C for example, says how --resume goes on with it.
 
     --peers sets the grouped GEMMs of PyTorch, triton_kernels and DeepGEMM beside ours, as far
     as they are installed. They know no SwiGLU, bias or routing weights, so that ours leave
@@ -531,6 +541,7 @@ def measure(
             repetitions=repetitions,
             jobs=jobs,
             peers=names,
+            resume=resume,
         )
         if export is not None:
             records.export(rows, export)
@@ -556,6 +567,8 @@ def _refuse_beside_ab(sides: Sequence[str], peers: str) -> None:
         )
     if peers:
         raise click.UsageError("--peers takes turns with one grid; leave it out with --ab")
+    if _was_given("resume"):
+        raise click.UsageError("--resume goes on with one grid; leave it out with --ab")
 
 
 @contextlib.contextmanager

@@ -183,6 +183,7 @@ def ready(
     of: Configuration,
     drawn: Inputs,
     against: Callable[[Tensor], dict[str, Any]],
+    tell: Callable[[Asked], None] = lambda of: None,
 ) -> tuple[dict[Asked, timing.Launch], dict[Asked, dict[str, Any]]]:
     """Lay a problem out for each peer, and launch once what it gives.
 
@@ -191,6 +192,7 @@ def ready(
     Args:
         of: any configuration of ours, for its kernel, problem and target.
         against: tells an output's error, with status and reason if it is too large.
+        tell: called with each peer before it lays out or launches.
     Returns:
         launches that gave the reference's result, and what each row gains; a peer that can't
         run here, or fails, is a row that says why.
@@ -206,6 +208,7 @@ def ready(
         if lacks := peer.missing():
             found[asked] = {"status": "unavailable", "reason": lacks}
             continue
+        tell(asked)
         try:
             offered = peer.launches(drawn)
         except Exception as error:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -230,6 +230,37 @@ def _answered(
                 f"same command asks only for the other {left}"
             ) from None
     return [known[records.key(row)] for row in asked]
+
+
+def compiled(
+    rows: Mapping[Configuration, Mapping[str, Any]],
+    store: Path | str,
+    cache: Path,
+    jobs: int | None,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    """Tell the LDS of every question, and compile to the end what fits.
+
+    Args:
+        rows: started by `asked_row`.
+        cache: folder of a Triton cache, in which the code is left.
+    Returns:
+        a row's second half by compile key.
+    """
+    # What can't fit is not compiled to the end either.
+    told = run(list(rows), store, jobs=jobs, progress=progress).to_dict("records")
+    answers = {row["compile_key"]: answer_of(row) for row in told}
+    fitting = {
+        row["compile_key"]: of
+        for of, row in rows.items()
+        if answers[row["compile_key"]]["status"] == "ok"
+    }
+    with progress_bar(len(fitting), len(fitting), progress) as bar:
+        for key, found in compile_all(fitting, "full", jobs or cores(), TIMEOUT_S, cache):
+            # A compiler that dies later leaves what was told of the LDS.
+            answers[key] |= found
+            bar.update()
+    return answers
 
 
 @contextlib.contextmanager

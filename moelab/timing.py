@@ -74,12 +74,16 @@ class LaunchFailed(MeasureError):
 class Turns(Generic[K]):
     """Launches of this process, each timed when it is called.
 
+    Args:
+        tell: called with each launch before its turn.
+
     Every method raises `LaunchFailed` where the launch fails, and `ContextLost` where nothing
     can be launched any more.
     """
 
-    def __init__(self, launches: Mapping[K, Launch]):
+    def __init__(self, launches: Mapping[K, Launch], tell: Callable[[K], None] = lambda of: None):
         self._launches = launches
+        self._tell = tell
         self._heads: dict[K, int] = {}
 
     def start(self, of: K) -> None:
@@ -105,6 +109,7 @@ class Turns(Generic[K]):
         return [round(us, 2) for us in taken], seen[0]
 
     def _tried(self, of: K, turn: Callable[[], T]) -> T:
+        self._tell(of)
         try:
             return turn()
         except Exception as error:
@@ -174,20 +179,25 @@ def rounds_of(
 
 
 def in_turns(
-    launches: Mapping[K, Launch], rounds: int, repetitions: int, order: random.Random
+    launches: Mapping[K, Launch],
+    rounds: int,
+    repetitions: int,
+    order: random.Random,
+    tell: Callable[[K], None] = lambda of: None,
 ) -> dict[K, dict[str, Any]]:
     """Time launches of this process in turns.
 
     Args:
         rounds, repetitions: samples are ``rounds x repetitions``, with 2 rounds or more.
         order: of the turns.
+        tell: called with each launch before its turn.
     Returns:
         what the row of each gains: samples by round, their `interval` and how the device was
         meanwhile; or status and reason of a launch that failed.
     Raises:
         ContextLost: nothing can be launched any more.
     """
-    taken = rounds_of(Turns(launches), launches, rounds, repetitions, order)
+    taken = rounds_of(Turns(launches, tell), launches, rounds, repetitions, order)
     return {of: turns.row for of, turns in taken.items()}
 
 

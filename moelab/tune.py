@@ -9,6 +9,7 @@ winner is not the luckiest. `tuned` keeps the winners.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import defaultdict
@@ -284,5 +285,8 @@ def run(
     # Problems that share their weights follow one another.
     order = {cell: number for number, cell in enumerate(of)}
     likely.sort(key=lambda each: order[each.kernel, each.problem])
-    measure = functools.partial(bench.measure, store=store, jobs=jobs, progress=progress, **drawn)
-    return halving(likely, measure, rungs)
+    with contextlib.closing(bench.Device()) as device:
+        measure = functools.partial(
+            bench.measure, store=store, jobs=jobs, progress=progress, device=device, **drawn
+        )
+        return halving(likely, measure, rungs)

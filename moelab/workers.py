@@ -1,9 +1,10 @@
 """A process that compiles and launches when it is told, with a Triton and kernels of its own.
 
-Two Tritons, or two sources of a kernel, don't share a process. Each gets a worker, and one
-parent tells them whose turn it is: a request is a line of JSON on the worker's stdin, its
-reply a line on stdout, and no worker is asked before the other has answered. So only one of
-them uses the GPU at a time. What a worker prints goes to stderr.
+What a launch may do to its process it does to a worker's: crash it, hang it, or leave it a GPU
+that takes no launch any more. Nor do two Tritons, or two sources of a kernel, share a process.
+A request is a line of JSON on the worker's stdin. On stdout follow lines that say what the worker
+is about to do, and its reply. No worker is asked before the others have answered, so only one
+uses the GPU at a time. What a worker prints goes to stderr.
 
 A worker of another source imports this moelab but for `moelab.kernels`, which are the other
 checkout's: what times and checks is the same on both sides.
@@ -16,21 +17,29 @@ import json
 import os
 import select
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import bench, compiler, isolation, sensors, sweep, timing, toolchain
+from . import compiler, isolation, launcher, sensors, sweep, timing, toolchain
+from . import peers as others
 from .specs import Configuration, Problem, Tile
 from .timing import ContextLost, LaunchFailed, MeasureError
+
+if TYPE_CHECKING:
+    from .kernels.inputs import Inputs
 
 # What a worker runs; the folder of its Triton cache follows.
 _CODE = "import sys; from moelab import workers; workers.serve(sys.argv[1])"
 
-# Of a request to the GPU. Drawing the largest layer here and its reference take seconds.
+# Of one step on the GPU. Drawing the largest layer here and its reference take seconds.
 TIMEOUT_S = 180
+
+# Of a worker whose GPU takes no launch any more: another process may do better.
+CONTEXT_LOST = os.EX_TEMPFAIL
 
 
 class WorkerLost(MeasureError):
@@ -104,6 +113,8 @@ class Worker:
                 env=environment,
             )
             self._open.callback(self._end)
+            # What it said that was not listened to yet.
+            self._heard = b""
         except BaseException:
             self.close()
             raise
@@ -120,28 +131,22 @@ class Worker:
 
         Args:
             do: the name of a `_Served` method, which ``rest`` is given to.
-            suspects: keys of the launches that it is about, blamed if it dies without a word.
+            suspects: keys of the launches that it is about, blamed if it dies before it says
+                which one it is at.
+            timeout_s: of each step that it tells; None waits for ever.
         Raises:
             LaunchFailed: a launch failed, and the worker goes on.
             WorkerLost: it died, did not answer in time, or lost the GPU.
             MeasureError: it can't do that; the message has its words.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        line = b""
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do} | rest).encode() + b"\n")
             self._process.stdin.flush()
-            if timeout_s is None or select.select([self._process.stdout], [], [], timeout_s)[0]:
-                line = self._process.stdout.readline()
-            elif self._process.poll() is None:
-                self._process.kill()
-                reason = f"no answer after {timeout_s:g} s; its process was ended"
-                raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
-        if not line:
-            how = isolation.how_it_ended(self._process.wait())
-            reason = f"its process died: {how}; stderr has its words"
-            raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
-        reply = json.loads(line)
+        reply: dict[str, Any] = {"at": suspects}
+        while "at" in reply:
+            suspects = reply["at"]
+            reply = self._said(suspects, timeout_s)
         if "failed" in reply:
             raise LaunchFailed(reply["failed"])
         if "lost" in reply:
@@ -149,6 +154,22 @@ class Worker:
         if "error" in reply:
             raise MeasureError(reply["error"])
         return reply["done"]
+
+    def _said(self, suspects: Sequence[str], timeout_s: float | None) -> dict[str, Any]:
+        """Wait for the next line of the worker."""
+        assert self._process.stdout is not None
+        while b"\n" not in self._heard:
+            if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+                self._process.kill()
+                reason = f"no answer after {timeout_s:g} s; its process was ended"
+                raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
+            if not (more := os.read(self._process.stdout.fileno(), 1 << 16)):
+                how = isolation.how_it_ended(self._process.wait())
+                reason = f"its process died: {how}; stderr has its words"
+                raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
+        return json.loads(line)
 
     def close(self) -> None:
         """End the worker, whatever it does."""
@@ -212,17 +233,30 @@ def _read(text: Mapping[str, Any]) -> Configuration:
 
 
 class _Served:
-    """What a worker does when it is asked; each method's name is that of its request."""
+    """What a worker does when it is asked; each method's name is that of its request.
 
-    def __init__(self, cache: Path):
+    Args:
+        cache: folder of the Triton cache.
+        at: called with the keys of the launches that come next.
+    """
+
+    def __init__(self, cache: Path, at: Callable[[list[str]], None]):
         self._cache = cache
-        self._drawn: Any = None
+        self._at = at
+        # By layer; what may follow has the same weights.
+        self._drawn: dict[int, Inputs] = {}
         self._turns: timing.Turns[str] = timing.Turns({})
         # Of the launches that were prepared, to name one by what it launches.
         self._asked: dict[str, Configuration] = {}
 
     def hello(self) -> None:
-        """Say that imports went well."""
+        """Say that imports went well, which take seconds."""
+        import torch  # noqa: F401
+
+    def gpu(self) -> dict[str, str]:
+        """Name the device, and what the compiler is asked for it."""
+        here = launcher.gpu()
+        return {"name": here.name, "target": here.target.name}
 
     def fits(
         self, configurations: Sequence[Mapping[str, Any]], store: str, jobs: int | None
@@ -236,12 +270,55 @@ class _Served:
     ) -> list[dict[str, Any]]:
         """Tell the LDS of every configuration, compile what fits, and start its row."""
         questions = [sweep.settled(_read(each)) for each in configurations]
-        here = bench.gpu()
-        bench._check(questions, here)
+        here = launcher.gpu()
+        launcher.check(questions, here)
         said = {"mode": "measured", "gpu": here.name}
         rows = {of: sweep.asked_row(of, "measured") | said for of in dict.fromkeys(questions)}
-        answers = bench._compiled(rows, store, self._cache, jobs, True)
+        answers = sweep.compiled(rows, store, self._cache, jobs, True)
         return [rows[of] | answers[rows[of]["compile_key"]] for of in questions]
+
+    def roofs(self, rounds: int) -> dict[str, Any]:
+        """Measure what the device does at most."""
+        return asdict(launcher.measured_roofs(rounds))
+
+    def measure(
+        self,
+        launches: Sequence[Any],
+        like: Mapping[str, Any],
+        peers: Sequence[str],
+        workload: str,
+        seed: int,
+        rounds: int,
+        repetitions: int,
+    ) -> dict[str, Any]:
+        """Launch, check and time configurations of one problem or of both layers.
+
+        Args:
+            launches: key, configuration and the LDS that was told.
+            like: a configuration of the problem, which is not launched.
+            peers: names of those that take turns with ours.
+        Returns:
+            by key, what the row of each gains; and whole rows of peers.
+        """
+        told = self._asks(launches)
+        fitting = [*told] or [sweep.settled(_read(like))]
+        # What has another shape must not take memory from what comes.
+        self._keep(fitting)
+        how = launcher.How(
+            workload,
+            seed,
+            rounds,
+            repetitions,
+            tuple(peers),
+            lambda launches: self._at([key for of in launches for key in self.keys_of(of)]),
+        )
+        self._drawn, found = launcher.measured(fitting, told, self._drawn, how)
+        return {
+            "ours": {key: found[of] for key, of in self._asked.items() if of in found},
+            "peers": [
+                of.row() | gained for of, gained in found.items() if isinstance(of, others.Asked)
+            ],
+        }
 
     def prepare(
         self, launches: Sequence[Any], workload: str, seed: int
@@ -256,19 +333,22 @@ class _Served:
         import torch
 
         self._turns = timing.Turns({})
-        self._asked = {key: sweep.settled(_read(of)) for key, of, _ in launches}
-        told = {self._asked[key]: {"lds_bytes": lds} for key, _, lds in launches}
+        told = self._asks(launches)
         first = next(iter(told))
-        shape = (first.kernel, replace(first.problem, m=0))
-        if self._drawn is not None and self._drawn.drawn_for != shape:
-            # What has another shape must not take memory from what comes.
-            self._drawn = None
+        layer = first.problem.layer
+        self._keep([first])
         torch.cuda.empty_cache()
-        how = bench._How(workload, seed, 2, 1, ())
+        how = launcher.How(
+            workload,
+            seed,
+            tell=lambda launches: self._at([key for of in launches for key in self.keys_of(of)]),
+        )
         try:
-            self._drawn, ready, found = bench._checked([*told], told, self._drawn, how)
+            self._drawn[layer], ready, found = launcher.checked(
+                [*told], told, self._drawn.get(layer), how
+            )
         except torch.OutOfMemoryError as error:
-            self._drawn = None
+            self._drawn.clear()
             return dict.fromkeys(self._asked, timing.failure(error, first))
         finally:
             # The other worker takes its memory from the same device.
@@ -277,8 +357,19 @@ class _Served:
             {key: ready[of] for key, of in self._asked.items() if of in ready}
         )
         return {
-            key: found[of] | {"made_by": bench._made_by() | bench._made_by_whom(of)}
-            for key, of in self._asked.items()
+            key: found[of] | {"made_by": launcher.made_by(of)} for key, of in self._asked.items()
+        }
+
+    def _asks(self, launches: Sequence[Any]) -> dict[Configuration, int]:
+        """Read what is to be launched, with its LDS."""
+        self._asked = {key: sweep.settled(_read(of)) for key, of, _ in launches}
+        return {self._asked[key]: lds for key, _, lds in launches}
+
+    def _keep(self, fitting: Sequence[Configuration]) -> None:
+        """Forget the inputs of other shapes than these."""
+        shapes = {(of.kernel, replace(of.problem, m=0)) for of in fitting}
+        self._drawn = {
+            layer: drawn for layer, drawn in self._drawn.items() if drawn.drawn_for in shapes
         }
 
     def start(self, key: str) -> None:
@@ -293,11 +384,22 @@ class _Served:
         return taken, asdict(reading) | {"throttled": None if held is None else sorted(held)}
 
     def keys_of(self, launch: Any) -> list[str]:
-        """Find the keys of what was launched, which is a key or a configuration."""
-        return [key for key, of in self._asked.items() if launch in (key, of)]
+        """Find the keys of what was launched: a key, a configuration, two of them, or a peer."""
+        if isinstance(launch, others.Asked):
+            return [peer_key(launch.peer)]
+        launched = launch if isinstance(launch, tuple) else (launch,)
+        return [key for key, of in self._asked.items() if key in launched or of in launched]
 
 
-_REQUESTS = ("hello", "fits", "compiled", "prepare", "start", "settle", "sample")
+def peer_key(name: str) -> str:
+    """Give the key of a peer's launches."""
+    return f"peer {name}"
+
+
+_REQUESTS = (
+    *("hello", "gpu", "fits", "compiled", "roofs", "measure"),
+    *("prepare", "start", "settle", "sample"),
+)
 
 
 def serve(cache: str) -> None:
@@ -309,7 +411,12 @@ def serve(cache: str) -> None:
     # Interrupts are the parent's; with it this process ends.
     isolation.attach(os.getppid())
     with _pipes() as (requests, replies), compiler.cache_at(Path(cache)):
-        served = _Served(Path(cache))
+
+        def say(line: Mapping[str, Any]) -> None:
+            replies.write(json.dumps(line) + "\n")
+            replies.flush()
+
+        served = _Served(Path(cache), lambda keys: say({"at": keys}))
         for line in requests:
             request = json.loads(line)
             do = request.pop("do")
@@ -322,12 +429,13 @@ def serve(cache: str) -> None:
             except ContextLost as error:
                 lost = True
                 reply = {"lost": error.row, "keys": served.keys_of(error.of)}
+            except MeasureError as error:
+                reply = {"error": str(error)}
             except Exception as error:
                 reply = {"error": f"{type(error).__name__}: {error}"}
-            replies.write(json.dumps(reply) + "\n")
-            replies.flush()
+            say(reply)
             if lost:
-                return
+                sys.exit(CONTEXT_LOST)
 
 
 @contextlib.contextmanager

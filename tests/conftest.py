@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
@@ -22,6 +25,25 @@ def pytest_collection_modifyitems(items):
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Let workers find a GPU; returns what tells how it is, and which turns it gave."""
+    from moelab import workers
+
+    code = "import sys, fake_gpu; fake_gpu.install(); " + workers._CODE
+    monkeypatch.setattr(workers, "_CODE", code)
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    log = tmp_path / "turns"
+
+    def tell(**how):
+        monkeypatch.setenv("FAKE_GPU", json.dumps({"log": str(log)} | how))
+
+    tell()
+    log.touch()
+    tell.turns = lambda: [json.loads(line) for line in log.read_text().splitlines()]
+    return tell
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@
     noise           of a turn, the deviation of its logarithm
     noisy           columns of launches that have 0.1 of it
     wrong, fails, loses, crashes, hangs   columns of launches that do
+    crowded         columns of launches that lose the GPU beside others, and alone do not
     tires           columns of launches whose process dies once it took 12 turns
     log             a file: a line for each turn, with the process and the launch
 """
@@ -17,7 +18,7 @@ import os
 import random
 import time
 
-from moelab import bench, sensors, sweep, targets, timing
+from moelab import launcher, sensors, sweep, targets, timing
 
 _GIVEN = {"limit": 3, "slower": [], "noise": 0.003, "log": os.devnull}
 _turns = itertools.count()
@@ -33,25 +34,29 @@ def _has(of, columns):
 
 
 class Turns:
-    def __init__(self, launches):
-        self._launches = launches
+    def __init__(self, launches, tell=lambda of: None):
+        self._launches, self._tell = launches, tell
         self._gpu = told()
 
     def start(self, of):
+        self._tell(of)
         asked = self._launches[of]
         if _has(asked, self._gpu.get("fails")):
             raise timing.LaunchFailed({"status": "launch_error", "reason": "invalid argument"})
-        if _has(asked, self._gpu.get("loses")):
+        crowded = len(self._launches) > 1 and _has(asked, self._gpu.get("crowded"))
+        if crowded or _has(asked, self._gpu.get("loses")):
             lost = {"status": "launch_error", "reason": "RuntimeError: illegal access"}
             raise timing.ContextLost(of, lost)
 
     def settle(self, of, alike, most):
+        self._tell(of)
         if _has(self._launches[of], self._gpu.get("crashes")):
             os.abort()
         if _has(self._launches[of], self._gpu.get("hangs")):
             time.sleep(60)
 
     def sample(self, of, repetitions):
+        self._tell(of)
         noise = 0.1 if _has(self._launches[of], self._gpu.get("noisy")) else self._gpu["noise"]
         turn = next(_turns)
         if turn >= 12 and _has(self._launches[of], self._gpu.get("tires")):
@@ -60,9 +65,11 @@ class Turns:
         for (column, value), factor in self._gpu["slower"]:
             us *= factor if self._launches[of].asked()[column] == value else 1
         # What another source of the kernels plants.
-        us *= getattr(bench.kernels, "PLANTED", 1.0)
+        us *= getattr(launcher.kernels, "PLANTED", 1.0)
         with open(self._gpu["log"], "a") as log:
-            log.write(json.dumps([os.getpid(), of, self._launches[of].problem.m]) + "\n")
+            launch = self._launches[of]
+            key = of if isinstance(of, str) else launch.num_stages
+            log.write(json.dumps([os.getpid(), key, launch.problem.m]) + "\n")
         return [round(us, 2)] * repetitions, sensors.Reading(1980.0, 50.0, frozenset())
 
 
@@ -81,7 +88,7 @@ def _compiled(rows, *_):
     }
 
 
-def _checked(of_problem, rows, before, how):
+def _checked(of_problem, lds, before, how):
     wrong = told().get("wrong")
     found = {of: {"largest_error": 0.0} for of in of_problem}
     for of in of_problem:
@@ -100,20 +107,21 @@ def _ask(configurations, *_, **__):
 
 
 def install():
-    bench.gpu = lambda: bench.Gpu("a GPU", targets.get("sm_90"))
-    bench._compiled = _compiled
-    bench._checked = _checked
+    launcher.gpu = lambda: launcher.Gpu("a GPU", targets.get("sm_90"))
+    launcher.measured_roofs = lambda rounds: launcher.Roofs({"fp8": 1000.0, "bf16": 500.0}, 3.0)
+    sweep.compiled = _compiled
+    launcher.checked = _checked
     sweep.run = _ask
     timing.Turns = Turns
 
 
 def chatter():
     """Print while a launch is prepared, as compilers do."""
-    checked = bench._checked
+    checked = launcher.checked
 
     def loud(*given):
         print("ptxas info", flush=True)
         os.system("echo a subprocess")
         return checked(*given)
 
-    bench._checked = loud
+    launcher.checked = loud

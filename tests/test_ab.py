@@ -38,22 +38,6 @@ def grid(**changed):
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """Let workers find a GPU; returns what tells how it is."""
-    code = "import sys, fake_gpu; fake_gpu.install(); " + workers._CODE
-    monkeypatch.setattr(workers, "_CODE", code)
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    log = tmp_path / "turns"
-
-    def tell(**how):
-        monkeypatch.setenv("FAKE_GPU", json.dumps({"log": str(log)} | how))
-
-    tell()
-    tell.log = log
-    return tell
-
-
-@pytest.fixture
 def two_rounds(monkeypatch):
     """As many as show that each has processes of its own: they decide nothing."""
     monkeypatch.setattr(ab.paired_rounds, "looks", lambda rounds: (2,))
@@ -64,10 +48,6 @@ def measured(tmp_path, base="same", candidate="same", asked=None, **how):
     return ab.measure(
         asked or grid(), Side.parse(base), Side.parse(candidate), tmp_path / "rows", **how
     )
-
-
-def turns(gpu):
-    return [json.loads(line) for line in gpu.log.read_text().splitlines()]
 
 
 # What a side is.
@@ -134,7 +114,7 @@ def test_equal_sides_share_a_worker_and_come_out_clean(tmp_path, gpu):
     rows = measured(tmp_path, asked=grid(m="512,1536", stages="1,2"))
     assert list(rows["side"]) == ["base", "candidate"] * 4
     assert rows["run"].nunique() == 1
-    assert len({process for process, *_ in turns(gpu)}) == 1
+    assert len({process for process, *_ in gpu.turns()}) == 1
     compared = ab.judged(rows)
     assert (compared.verdict, len(compared.cells)) == ("passed", 4)
     assert set(compared.cells["rounds"]) == {6}
@@ -146,15 +126,15 @@ def test_apart_each_side_of_a_round_has_a_process_of_its_own(tmp_path, gpu, two_
     # Rows of every round lie in the store, those of one round too.
     sides = [baselines.read(f"{tmp_path}/rows@side={side}") for side in ab.SIDES]
     assert regress.text(regress.compare(*sides)) == regress.text(ab.judged(rows))
-    process_of = {(process, of.split()[0]) for process, of, _ in turns(gpu)}
+    process_of = {(process, of.split()[0]) for process, of, _ in gpu.turns()}
     assert len({process for process, _ in process_of}) == len(process_of) == 2 * 2
-    by_round = [{process for process, *_ in turns(gpu)[i : i + 4]} for i in (0, 4)]
+    by_round = [{process for process, *_ in gpu.turns()[i : i + 4]} for i in (0, 4)]
     assert [len(of) for of in by_round] == [2] * 2
 
 
 def test_a_round_is_one_turn_of_every_launch_of_a_problem_in_an_order_of_its_own(tmp_path, gpu):
     measured(tmp_path, asked=grid(m="512,1536", stages="1,2"))
-    of_problem = [of for _, of, m in turns(gpu) if m == 512]
+    of_problem = [of for _, of, m in gpu.turns() if m == 512]
     rounds = [tuple(of_problem[i : i + 4]) for i in range(0, len(of_problem), 4)]
     assert all(sorted(of) == sorted(rounds[0]) for of in rounds)
     assert len(set(rounds)) > 1
@@ -197,7 +177,7 @@ def test_a_decided_cell_leaves_the_turns_of_its_problem_to_the_others(tmp_path, 
     rows = measured(tmp_path, asked=grid(warps="4,8"))
     rounds = [len(json.loads(text)) for text in rows["samples_us"]]
     assert dict(zip(rows["num_warps"], rounds, strict=True)) == {4: 6, 8: 24}
-    assert len(turns(gpu)) == sum(rounds)
+    assert len(gpu.turns()) == sum(rounds)
 
 
 class Simulated:
@@ -293,7 +273,7 @@ def test_what_does_not_fit_is_part_of_the_verdict_and_its_partner_takes_no_turn(
     rows = measured(tmp_path, "stages=2", "stages=4", asked=grid(m="512,1536"))
     assert list(rows["status"]) == ["ok", "out_of_lds"] * 2
     assert rows["time_us"].isna().all()
-    assert not gpu.log.exists()
+    assert gpu.turns() == []
     compared = ab.judged(rows)
     assert (compared.verdict, set(compared.cells["fits"])) == ("regressed", {"regressed"})
 
@@ -424,14 +404,14 @@ def test_another_source_is_launched_by_a_process_of_its_own(tmp_path, gpu, monke
     assert compared.cells["ratio"].iloc[0] == pytest.approx(1.2, rel=0.02)
     assert compared.differs["made by: ab"] == ("same", "source=after")
     assert str(tmp_path) not in "".join(rows["made_by"])
-    assert len({process for process, *_ in turns(gpu)}) == 2 * 6
+    assert len({process for process, *_ in gpu.turns()}) == 2 * 6
     # One to compile besides, and none when all is decided.
     assert len(started) == 2 * (6 + 1)
 
 
 def test_this_source_named_is_this_source(tmp_path, gpu):
     measured(tmp_path, f"source={Path(moelab.__file__).parents[1]}", "same")
-    assert len({process for process, *_ in turns(gpu)}) == 1
+    assert len({process for process, *_ in gpu.turns()}) == 1
 
 
 def test_another_triton_is_asked_by_a_process_of_its_own(
@@ -443,7 +423,7 @@ def test_another_triton_is_asked_by_a_process_of_its_own(
     base, candidate = rows["triton"]
     assert candidate == "99.1.0" != base
     assert ab.judged(rows).differs["triton"][1] == "99.1.0"
-    assert len({process for process, *_ in turns(gpu)}) == 2 * 2
+    assert len({process for process, *_ in gpu.turns()}) == 2 * 2
 
 
 # On a GPU.

@@ -1,16 +1,33 @@
 """What is timed is what fits, loads what was told and is right; the rest says why not."""
 
+import contextlib
+import errno
 import importlib.util
 import json
-import subprocess
-import sys
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import fake_gpu
+import pandas as pd
 import pytest
+from pandas.testing import assert_frame_equal
 
-from moelab import advice, bench, compiler, measurements, plan, records, targets, timing
-from moelab.bench import MeasureError, Roofs
+from moelab import (
+    advice,
+    bench,
+    compiler,
+    launcher,
+    measurements,
+    plan,
+    records,
+    sweep,
+    targets,
+    timing,
+    workers,
+)
+from moelab.bench import MeasureError
+from moelab.launcher import Roofs
 from moelab.peers import Asked, plain
 from moelab.timing import ContextLost
 
@@ -52,12 +69,12 @@ def test_a_wrong_value_is_refused_before_a_gpu_is_looked_for(tmp_path, changed, 
 
 
 def test_async_copy_is_measured_as_this_process_has_it_and_no_other():
-    chip = bench.Gpu("MI355X", targets.get("gfx950"))
+    chip = launcher.Gpu("MI355X", targets.get("gfx950"))
     (off, on) = grid(targets="gfx950", tiles="16x64x128", stages=1, async_copy="both")
     asked = on if compiler.default_async_copy(chip.target) else off
-    bench._check([asked], chip)
+    launcher.check([asked], chip)
     with pytest.raises(MeasureError, match="set TRITON_HIP_USE_ASYNC_COPY"):
-        bench._check([on if asked is off else off], chip)
+        launcher.check([on if asked is off else off], chip)
 
 
 def test_the_roof_is_bandwidths_for_few_tokens_and_computes_for_many():
@@ -78,8 +95,8 @@ def test_the_tolerance_grows_with_k_only_where_sums_are_left_to_the_tensor_cores
     problem = grid(targets="sm_90", tp=1)[0].problem
     left = SimpleNamespace(k=problem.k, fast_accum=True)
     short = SimpleNamespace(k=128, fast_accum=True)
-    assert bench.tolerance(problem) == bench.tolerance(short) == 2**-8 + 2e-3
-    assert bench.tolerance(left) == 2**-8 + 5120 / 32 * 2**-14
+    assert launcher.tolerance(problem) == launcher.tolerance(short) == 2**-8 + 2e-3
+    assert launcher.tolerance(left) == 2**-8 + 5120 / 32 * 2**-14
 
 
 def both_layers(**changed):
@@ -112,7 +129,7 @@ def test_a_launch_is_paired_with_the_fastest_of_the_other_layer_and_as_many_stag
     times = {
         of: float(of.tile.block_m) for of in asked if (of.problem.layer, of.num_stages) != (1, 2)
     }
-    pairs = bench._pairs(times)
+    pairs = launcher._pairs(times)
     assert set(pairs) == {of for of in times if of.num_stages == 1}
     for of, both in pairs.items():
         assert [each.problem.layer for each in both] == [1, 2]
@@ -127,7 +144,7 @@ class Machine:
         self.room, self.fails = room, fails
         self.reused = []
 
-    def checked(self, of_problem, rows, before, how):
+    def checked(self, of_problem, told, before, how):
         import torch
 
         layer = of_problem[0].problem.layer
@@ -153,7 +170,7 @@ class Machine:
         self.held = 0
         return self._timed(fitting, *rest)
 
-    def in_turns(self, launches, rounds, repetitions, order):
+    def in_turns(self, launches, rounds, repetitions, order, tell):
         for of in launches:
             if of in self.fails.get("lost", ()):
                 reason = "RuntimeError: CUDA error"
@@ -161,24 +178,49 @@ class Machine:
         return {of: {"time_us": 180.0 if isinstance(of, tuple) else 100.0} for of in launches}
 
 
+class Here:
+    """A worker that is this process."""
+
+    def __init__(self, build, cache):
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(compiler.cache_at(cache))
+        self._served = workers._Served(cache, lambda keys: None)
+
+    def ask(self, do, suspects=(), timeout_s=None, **rest):
+        try:
+            done = getattr(self._served, do)(**json.loads(json.dumps(rest)))
+        except ContextLost as lost:
+            raise workers.WorkerLost(self._served.keys_of(lost.of), lost.row) from None
+        return json.loads(json.dumps(done))
+
+    def close(self):
+        self._open.close()
+
+
 @pytest.fixture
-def machine(monkeypatch):
+def here_alone(monkeypatch):
+    """Launch in this process, where a test can change what is launched."""
+    monkeypatch.setattr(bench, "Worker", Here)
+
+
+@pytest.fixture
+def machine(monkeypatch, here_alone):
     """Let `bench.measure` run where only the launches are not real."""
 
     def install(**given):
         machine = Machine(**given)
-        machine._timed = bench._timed
+        machine._timed = launcher._timed
         answer = {"status": "ok", "lds_bytes": 1024, "lds_limit": 4096, "moelab": "0", "schema": 5}
-        monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", targets.get("sm_90")))
+        monkeypatch.setattr(launcher, "gpu", lambda: launcher.Gpu("a GPU", targets.get("sm_90")))
         monkeypatch.setattr(
-            bench,
-            "_compiled",
+            sweep,
+            "compiled",
             lambda rows, *_: {row["compile_key"]: dict(answer) for row in rows.values()},
         )
         roofs = Roofs({"fp8": 1000.0, "bf16": 500.0}, tbps=3.0)
-        monkeypatch.setattr(bench, "measured_roofs", lambda rounds: roofs)
-        monkeypatch.setattr(bench, "_checked", machine.checked)
-        monkeypatch.setattr(bench, "_timed", machine.timed)
+        monkeypatch.setattr(launcher, "measured_roofs", lambda rounds: roofs)
+        monkeypatch.setattr(launcher, "checked", machine.checked)
+        monkeypatch.setattr(launcher, "_timed", machine.timed)
         monkeypatch.setattr(timing, "in_turns", machine.in_turns)
         monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
         return machine
@@ -231,17 +273,21 @@ def test_a_problem_larger_than_the_memory_is_rows_that_say_so(machine, tmp_path)
     assert f"told to fit and left out {len(rows)}" in measurements.tally(rows)
 
 
-def test_a_lost_context_ends_the_run_and_keeps_what_was_finished(machine, tmp_path):
+def test_what_loses_the_gpu_is_tried_again_alone_and_its_neighbours_are_measured_anew(
+    machine, tmp_path
+):
     asked = both_layers(m="512,1536")
     culprit = next(of for of in asked if of.problem.m == 1536)
     machine(lost=[culprit])
-    with pytest.raises(MeasureError, match=f"CUDA error.*are in {tmp_path}.*without it"):
-        bench.measure(asked, tmp_path, progress=False)
-    kept = records.read(tmp_path)
-    assert list(kept["status"].value_counts().items()) == [("ok", 8), ("launch_error", 1)]
-    (lost,) = kept[kept["status"] == "launch_error"].to_dict("records")
+    rows = bench.measure(asked, tmp_path, progress=False)
+    (lost,) = rows[rows["status"] != "ok"].to_dict("records")
     assert (lost["m"], lost["num_stages"]) == (1536, culprit.num_stages)
-    assert set(kept.loc[kept["status"] == "ok", "m"]) == {512}
+    assert lost["status"] == "launch_error"
+    assert lost["reason"] == (
+        "RuntimeError: CUDA error; and so again, alone in a process of its own"
+    )
+    assert set(rows.loc[rows["status"] == "ok", "time_us"]) == {100}
+    assert len(records.read(tmp_path)) == len(rows)
 
 
 def plain_problems(**changed):
@@ -277,13 +323,142 @@ def test_peers_are_rows_after_ours_timed_with_each_problem_by_itself(machine, tm
     assert sorted(kept["peer"].dropna()) == ["torch"] * 4 + ["triton_kernels"] * 4
 
 
-def test_a_peer_that_loses_the_context_is_a_kept_row(machine, tmp_path):
+def test_a_peer_that_loses_the_gpu_is_a_row_and_ours_are_measured(machine, tmp_path):
     asked = plain_problems(layers=1)
     machine(lost=[Asked(asked[0].kernel, asked[0].problem, "sm_90", "torch", "")])
-    with pytest.raises(MeasureError, match="CUDA error"):
-        bench.measure(asked, tmp_path, progress=False, peers=("torch",))
-    (lost,) = records.read(tmp_path).to_dict("records")
-    assert (lost["peer"], lost["status"], lost["m"]) == ("torch", "launch_error", 512)
+    rows = bench.measure(asked, tmp_path, progress=False, peers=("torch", "triton_kernels"))
+    assert rows["peer"].tolist()[len(asked) :] == ["triton_kernels", "torch"]
+    assert set(rows["status"][:-1]) == {"ok"}
+    lost = rows.iloc[-1]
+    assert (lost["status"], lost["m"]) == ("launch_error", 512)
+    assert lost["reason"].endswith("alone in a process of its own")
+    assert lost["run"] == rows["run"].iloc[0]
+
+
+# What a launch does to the process that makes it.
+
+
+@pytest.fixture
+def device(gpu, monkeypatch):
+    """A GPU that is pretended in workers, and nothing is compiled."""
+    monkeypatch.setattr(sweep, "compiled", fake_gpu._compiled)
+    return gpu
+
+
+def measured_by_workers(tmp_path, **changed):
+    asked = grid(targets="sm_90", tiles="16x64x128", stages="1,2,3", m="512,1536")
+    how = {"rounds": 2, "repetitions": 3, "progress": False} | changed
+    with contextlib.closing(bench.Device(timeout_s=3)) as device:
+        return bench.measure(asked, tmp_path / "rows", device=device, **how)
+
+
+CULPRIT = {"m": 512, "num_stages": 2}
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("loses", "RuntimeError: illegal access"),
+        ("crashes", "its process died: SIGABRT; stderr has its words"),
+        ("hangs", "no answer after 3 s; its process was ended"),
+    ],
+)
+def test_what_a_launch_does_to_its_process_costs_its_own_row(tmp_path, device, how, reason):
+    device(**{how: CULPRIT})
+    rows = measured_by_workers(tmp_path).set_index(["m", "num_stages"])
+    lost = rows.loc[512, 2]
+    assert lost["status"] == "launch_error"
+    assert lost["reason"] == f"{reason}; and so again, alone in a process of its own"
+    assert pd.isna(lost["time_us"])
+    fine = rows.drop(index=(512, 2))
+    assert set(fine["status"]) == {"ok"}
+    assert fine["time_us"].notna().all()
+
+
+def test_no_row_is_of_a_process_that_lost_its_gpu(tmp_path, device):
+    # It is the last to be launched in its round.
+    device(tires=CULPRIT)
+    rows = measured_by_workers(tmp_path, rounds=7).set_index(["m", "num_stages"])
+    assert set(rows["status"]) == {"ok"}
+    samples = {key: json.loads(row["samples_us"]) for key, row in rows.iterrows()}
+    lost, *others = list(dict.fromkeys(process for process, *_ in device.turns()))
+    turns = [turn for turn in device.turns() if turn[0] != lost]
+    assert len(turns) == sum(map(len, samples.values())) == 7 * 6
+    assert {process for process, stages, m in turns if (m, stages) == (512, 2)} == {others[-1]}
+
+
+def test_what_loses_the_gpu_only_beside_others_is_measured_alone_and_says_so(tmp_path, device):
+    device(crowded=CULPRIT)
+    rows = measured_by_workers(tmp_path).set_index(["m", "num_stages"])
+    assert set(rows["status"]) == {"ok"}
+    alone = [json.loads(row["made_by"]).get("alone_after") for _, row in rows.iterrows()]
+    assert alone == [None, "RuntimeError: illegal access", None, None, None, None]
+    process_of = {(m, stages): process for process, stages, m in device.turns()}
+    assert process_of[512, 2] != process_of[512, 1] == process_of[512, 3]
+
+
+def test_a_gpu_that_takes_no_launch_at_all_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_CODE", "raise SystemExit(7)")
+    with pytest.raises(MeasureError, match=r"that launches did not start: its process died: .* 7"):
+        measured_by_workers(tmp_path)
+
+
+def test_a_worker_that_lost_its_gpu_ends_with_a_code_of_its_own(tmp_path, device):
+    device(loses=CULPRIT)
+    worker = workers.Worker(workers.Build(), tmp_path)
+    (of,) = grid(targets="sm_90", tiles="16x64x128", stages=2)
+    written = workers.written(of)
+    how = {"workload": "uniform", "seed": 0, "rounds": 2, "repetitions": 1}
+    with contextlib.closing(worker):
+        with pytest.raises(workers.WorkerLost) as lost:
+            worker.ask("measure", launches=[("a", written, 200)], like=written, peers=[], **how)
+        assert lost.value.keys == ["a"]
+        assert worker._process.wait(10) == workers.CONTEXT_LOST == 75
+
+
+# A run that was interrupted.
+
+
+def test_a_run_goes_on_with_the_problems_that_it_lacks(tmp_path, device, monkeypatch):
+    append = records.Journal.append
+
+    def interrupted(self, *rows):
+        append(self, *rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.Journal, "append", interrupted)
+        with pytest.raises(sweep.Interrupted, match=r"interrupted; the rows .* --resume") as ended:
+            measured_by_workers(tmp_path)
+    (run,) = re.findall("--resume ([0-9T]+-[0-9a-f]{6}) goes on", str(ended.value))
+    kept = records.read(tmp_path / "rows")
+    rows = measured_by_workers(tmp_path, resume=run)
+    assert list(rows["run"].unique()) == [run]
+    assert_frame_equal(rows[rows["m"] == 512], kept[kept["m"] == 512])
+    assert rows["time_us"].notna().all()
+    assert len(list(records.lines(tmp_path / "rows"))) == 6
+
+
+def test_a_full_disk_says_how_the_run_goes_on(tmp_path, device, monkeypatch):
+    def full(self, *rows):
+        raise OSError(errno.ENOSPC, "No space left on device", "rows.jsonl")
+
+    monkeypatch.setattr(records.Journal, "append", full)
+    with pytest.raises(records.DiskFullError, match=r"make room .* --resume [0-9T]+-[0-9a-f]{6}$"):
+        measured_by_workers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"resume": "x"}, "resume='x': .* has no row of it; it has rows of 2"),
+        ({"seed": 1}, "that run's workload and seed are uniform, 0, not uniform, 1"),
+    ],
+)
+def test_only_the_same_run_is_gone_on_with(tmp_path, device, given, words):
+    run = measured_by_workers(tmp_path)["run"].iloc[0]
+    with pytest.raises(ValueError, match=words):
+        measured_by_workers(tmp_path, **{"resume": run} | given)
 
 
 # On a GPU.
@@ -313,7 +488,7 @@ def test_each_configuration_that_fits_has_samples_and_loaded_what_was_told(measu
     fits = rows[rows["status"] == "ok"]
     assert len(fits) == len(rows) - 1
     assert list(fits["loaded_lds_bytes"]) == list(fits["lds_bytes"])
-    assert fits["largest_error"].le(bench.tolerance(asked[0].problem)).all()
+    assert fits["largest_error"].le(launcher.tolerance(asked[0].problem)).all()
     for row in fits.itertuples():
         samples = json.loads(row.samples_us)
         assert [len(of_round) for of_round in samples] == [3] * 4
@@ -358,7 +533,7 @@ def test_measured_rows_are_kept_and_order_advice(measured):
 
 
 @pytest.mark.gpu
-def test_a_wrong_result_is_a_row_that_was_not_timed(tmp_path, monkeypatch):
+def test_a_wrong_result_is_a_row_that_was_not_timed(tmp_path, monkeypatch, here_alone):
     from moelab.kernels.inputs import Inputs
 
     expected = Inputs.expected
@@ -390,13 +565,13 @@ def test_x_has_nothing_of_the_weights_that_an_earlier_number_of_tokens_left(tmp_
 @pytest.mark.gpu
 def test_other_lds_than_was_told_is_a_row_that_says_both(tmp_path, monkeypatch):
 
-    compiled = bench.compile_all
+    compiled = sweep.compile_all
 
     def off_by_one(*args, **limits):
         for key, answer in compiled(*args, **limits):
             yield key, answer | {"lds_bytes": answer["lds_bytes"] + 1}
 
-    monkeypatch.setattr(bench, "compile_all", off_by_one)
+    monkeypatch.setattr(sweep, "compile_all", off_by_one)
     rows = bench.measure(
         grid(targets=here(), stages=1), tmp_path, rounds=2, repetitions=1, progress=False
     )
@@ -415,7 +590,7 @@ def test_what_is_not_for_this_gpu_is_refused(tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_problem_that_the_memory_does_not_hold_costs_only_its_own_rows(tmp_path):
+def test_a_problem_that_the_memory_does_not_hold_costs_only_its_own_rows(tmp_path, here_alone):
     import torch
 
     small = grid(targets=here(), tiles="16x64x128", stages=1)
@@ -434,7 +609,7 @@ def test_a_problem_that_the_memory_does_not_hold_costs_only_its_own_rows(tmp_pat
 
 
 @pytest.mark.gpu
-def test_a_launch_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_launch_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, here_alone):
     from moelab.kernels.inputs import Inputs
 
     run = Inputs.run
@@ -452,10 +627,11 @@ def test_a_launch_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch
     assert set(failed["reason"]) == {"RuntimeError: Triton Error [CUDA]: invalid argument"}
 
 
-LOST = """
-import sys
+@pytest.mark.gpu
+def test_an_illegal_access_costs_its_own_row_and_none_is_of_that_context(tmp_path, monkeypatch):
+    """The launch with two stages reads past a tensor's end, in the worker's process."""
+    code = """
 import torch
-from moelab import bench, plan
 from moelab.kernels.inputs import Inputs
 run = Inputs.run
 def fail(self, tile, **options):
@@ -463,24 +639,13 @@ def fail(self, tile, **options):
         torch.zeros(9, device="cuda")[torch.full((9,), 9, device="cuda")]
     return run(self, tile, **options)
 Inputs.run = fail
-asked = plan.grid(
-    kernels="moe_gemm_a8w8", models="Llama4 Maverick", tp=8, m="512,1536", warps=4,
-    targets=bench.gpu().target.name, tiles="16x64x128", stages="1",
-)
-last = plan.grid(
-    kernels="moe_gemm_a8w8", models="Llama4 Maverick", tp=8, m=2560, warps=4,
-    targets=bench.gpu().target.name, tiles="16x64x128", stages="2",
-)
-try:
-    bench.measure([*asked, *last], sys.argv[1], rounds=2, repetitions=2, progress=False)
-except bench.MeasureError as error:
-    print(error)
 """
-
-
-@pytest.mark.gpu
-def test_a_lost_context_keeps_the_rows_before_it(tmp_path):
-    process = subprocess.run([sys.executable, "-c", LOST, tmp_path], capture_output=True, text=True)
-    assert "takes no launch of this process any more" in process.stdout, process.stderr[-2000:]
-    kept = records.read(tmp_path)
-    assert list(kept[kept["mode"] == "measured"]["status"]) == ["ok", "ok", "launch_error"]
+    monkeypatch.setattr(workers, "_CODE", code + workers._CODE)
+    asked = grid(targets=here(), m="512,1536")
+    rows = bench.measure(asked, tmp_path, rounds=2, repetitions=2, progress=False)
+    assert len(rows) == 8
+    lost = rows["num_stages"] == 2
+    assert set(rows.loc[lost, "status"]) == {"launch_error"}
+    assert rows.loc[lost, "reason"].str.contains("and so again, alone in a process").all()
+    assert set(rows.loc[~lost, "status"]) == {"ok"}
+    assert rows.loc[~lost, "time_us"].notna().all()

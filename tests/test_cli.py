@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import answers, cli, compiler, peers, plan, records, report, sweep, toolchain
+from moelab import answers, cli, compiler, launcher, peers, plan, records, report, sweep, toolchain
 from moelab.cli import app
 from moelab.kernels import KERNELS
 from moelab.problems import DENSE
@@ -712,7 +712,7 @@ def measured(monkeypatch):
         }
         return records.frame([fits | timed, does_not | {"status": "out_of_lds"}])
 
-    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", TARGETS["sm_90"]))
+    monkeypatch.setattr(bench, "gpu", lambda: launcher.Gpu("a GPU", TARGETS["sm_90"]))
     monkeypatch.setattr(bench, "measure", measure)
     return ("measure", "--kernel", "moe_gemm_a8w8", "--tile", "64x64x128", "--warps", "4")
 
@@ -880,7 +880,7 @@ def test_tuning_without_a_gpu_says_so(tmp_path):
 def gpu(monkeypatch):
     from moelab import bench, targets
 
-    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", targets.get("sm_90")))
+    monkeypatch.setattr(bench, "gpu", lambda: launcher.Gpu("a GPU", targets.get("sm_90")))
 
 
 @pytest.mark.parametrize(

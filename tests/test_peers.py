@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moelab import bench, peers, plan, records, workloads
+from moelab import bench, launcher, peers, plan, records, workloads
 from moelab.kernels import inputs
 from moelab.peers import Asked, Launch, Peer
 from moelab.specs import Problem
@@ -204,7 +204,7 @@ def fakes(monkeypatch):
 
 def test_a_peer_that_fails_is_a_row_and_costs_no_other(fakes):
     drawn = draw("moe_gemm_a8w8", problem())
-    against = functools.partial(bench._against, expected=drawn.expected(), problem=problem())
+    against = functools.partial(launcher._against, expected=drawn.expected(), problem=problem())
     launches, found = peers.ready(fakes, configuration(problem()), drawn, against)
     assert [(of.peer, of.includes) for of in launches] == [("right", ""), ("right", "gather")]
     said = {(of.peer, of.includes): (r.get("status"), r.get("reason")) for of, r in found.items()}
@@ -260,7 +260,7 @@ def test_every_peer_that_is_here_gives_the_reference(name, kernel, fast_accum, l
     launches = peer.launches(drawn)
     assert [bool(launch.includes) for launch in launches] == [False, True]
     for launch in launches:
-        found = bench._against(launch.y(launch.run()), drawn.expected(), of)
+        found = launcher._against(launch.y(launch.run()), drawn.expected(), of)
         assert "status" not in found, (launch.includes, found)
 
 

@@ -123,7 +123,8 @@ def test_the_gpu_is_busy_for_twice_what_the_cpu_takes_to_launch(host_us, flushes
 def test_a_launch_that_the_cpu_is_slow_to_make_has_more_flushes_before_it(device, monkeypatch):
     heads = {"a": 1, "b": 3}
     monkeypatch.setattr(timing, "_flushes", lambda launch: heads[launch()])
-    launches = {name: lambda name=name: device.log.append(name) or name for name in heads}
+    takes = {name: device.launch(name, 20.0) for name in heads}
+    launches = {name: lambda name=name: takes[name]() or name for name in heads}
     timed(launches)
     signs = {"flush": "-", "read": "", "synchronize": ""}
     log = "".join(signs.get(what, what) for what in device.log)

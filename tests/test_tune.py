@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from moelab import bench, plan, problems, sweep, targets, tune, tuned
+from moelab import bench, launcher, plan, problems, sweep, targets, tune, tuned
 from moelab.parameters import ParameterError
 from moelab.specs import Configuration, Tile
 from moelab.tune import Rung
@@ -190,7 +190,7 @@ def test_a_run_measures_what_the_compiler_left_weights_by_weights(compiler, tmp_
         asked.append(list(configurations))
         return Gpu(noise=0).measure(configurations, rounds=rounds, repetitions=repetitions)
 
-    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", SM_90))
+    monkeypatch.setattr(bench, "gpu", lambda: launcher.Gpu("a GPU", SM_90))
     monkeypatch.setattr(bench, "measure", measure)
     cells = tune.cells(target="sm_90", models=QWEN)
     rows = tune.run(cells, tmp_path, progress=False, workload="zipf", seed=7)
@@ -210,7 +210,7 @@ def test_a_kernel_of_which_nothing_compiles_is_told(monkeypatch, tmp_path):
             [{"status": "compile_error", "spilled_registers": pd.NA}] * len(questions)
         )
 
-    monkeypatch.setattr(bench, "gpu", lambda: bench.Gpu("a GPU", SM_90))
+    monkeypatch.setattr(bench, "gpu", lambda: launcher.Gpu("a GPU", SM_90))
     monkeypatch.setattr(sweep, "run", refuse)
     cells = tune.cells(target="sm_90", kernels="moe_gemm_a4w4", fast_accum=True)
     with pytest.raises(ValueError, match="no tile of moe_gemm_a4w4 compiles and fits sm_90"):
