@@ -261,7 +261,7 @@ def _require_room(folder: Path, failed: Exception | None = None) -> None:
         disk.require_room(folder, _ROOM)
     except OSError as error:
         if disk.is_full(error):
-            raise OSError(error.errno, os.strerror(error.errno), str(folder.parent)) from None
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent)) from None
 
 
 def _printed(log: Path) -> str:

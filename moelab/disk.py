@@ -19,7 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def is_full(error: OSError) -> bool:
     """Tell a full disk from what else may fail."""
-    return error.errno in _FULL
+    return isinstance(error, DiskFullError) or error.errno in _FULL
 
 
 class DiskFullError(OSError):

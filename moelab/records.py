@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .disk import make_folder, replace, room_at, sync_folder
+from .disk import DiskFullError as DiskFullError
+from .disk import make_folder, replace, sync_folder
+from .disk import room_at as room_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,6 +179,7 @@ def key(row: Mapping[str, Any], of: Iterable[str] = KEY) -> tuple[Any, ...]:
 _CHECKED_SINCE = 6
 
 _CHECKED = re.compile(rb'(.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
+
 
 class Journal:
     """Appends rows to a file of its own in a store.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from faults import ABORT, EXIT, HANG, HANGING_HELPER, HOG, SEGFAULT, STUMBLE, Sw
 from pandas.testing import assert_frame_equal
 from test_records import ROW
 
-from moelab import compiler, plan, records, sweep
+from moelab import compiler, disk, plan, records, sweep
 from moelab.answers import answer, compile_all
 
 SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
@@ -273,10 +274,10 @@ def test_a_full_temporary_folder_is_no_configurations_fault(tmp_path, mounted, m
             filler.write(bytes(4096))
     # Enough that Python takes the folder for usable.
     os.truncate(tmp_path / "filler", os.stat(tmp_path / "filler").st_size - 8192)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(OSError) as error:
         list(compile_all({"a": real(stages=2)[0]}, "full", 1, 60))
-    assert records.is_full(error.value)
+    assert disk.is_full(error.value)
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_compiled(tmp_path, mounted):
