@@ -217,7 +217,7 @@ def test_a_launch_that_another_triton_refuses_arrives_as_one(newer, tmp_path):
         sweep.run([question], tmp_path / "rows", triton=NEWER, jobs=1, progress=False)
 
 
-def test_another_triton_leaves_ctrl_c_to_who_asked_and_ends_by_sigterm_without_a_traceback(
+def test_another_triton_leaves_ctrl_c_to_who_asked_and_ends_quietly_by_sigterm(
     tmp_path,
 ):
     script = (
