@@ -22,7 +22,6 @@ import itertools
 import json
 import random
 import secrets
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import kernels, paired_rounds, records, regress, sweep, timing, workers, workloads
+from . import (
+    kernels,
+    paired_rounds,
+    records,
+    regress,
+    scratch,
+    sweep,
+    timing,
+    workers,
+    workloads,
+)
 from .parameters import ParameterError
 from .specs import Configuration, Problem, Tile
 from .timing import MeasureError
@@ -189,8 +198,8 @@ def measure(
     store = Path(store).absolute()
     builds = {name: side.build.settled() for name, side in sides.items()}
     with (
-        tempfile.TemporaryDirectory(prefix="moelab-") as folder,
-        _Team(builds, apart, Path(folder)) as team,
+        scratch.folder() as folder,
+        _Team(builds, apart, folder) as team,
     ):
         pairs = _pairs(configurations, sides, team, str(store), jobs)
         run = _Run(team, pairs, _rows(pairs, sides, team, str(store), workload, seed, jobs))

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from pebble import ProcessExpired
 
-from . import __version__, compiler, isolation, lds_map, records, targets
+from . import __version__, compiler, disk, isolation, lds_map, records, scratch, targets
 from .specs import CapturedLaunch, LdsMap, Question
 
 # Of a healthy compile; the longest seen took 40 s, num_stages=64 more than 90 s.
@@ -37,6 +37,9 @@ _NO_MEMORY = re.compile(
     r"^(LLVM ERROR: out of memory|.*std::bad_alloc|ptxas\S* fatal *: Memory allocation failure)",
     re.MULTILINE,
 )
+
+# More than a compile writes: its cache, what it hands to ptxas or the linker, and their code.
+_ROOM = 8 << 20
 
 # A failing ptxas prints thousands of lines.
 _REASON_CHARACTERS = 800
@@ -177,7 +180,7 @@ class LocalCompilers:
         self._logs: dict[Future[Any], Path] = {}
         self._names = itertools.count()
         self._open = contextlib.ExitStack()
-        self._folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="moelab-")))
+        self._folder = self._open.enter_context(scratch.folder())
         self._workers = self._open.enter_context(
             contextlib.closing(isolation.Workers(number, memory))
         )
@@ -226,6 +229,7 @@ def _outcome(
     try:
         return done.result()
     except compiler.CompileError as error:
+        _require_room(log.parent)
         status, words = "compile_error", words_of(str(error), log)
         no_memory = bool(_NO_MEMORY.search(str(error)))
     except ProcessExpired as died:
@@ -233,18 +237,15 @@ def _outcome(
             return stamped("timeout", f"not finished after {timeout_s:g} s", target)
         how = isolation.how_it_ended(died.exitcode)
         words = words_of(f"the compiler's process died: {how}", log, died=True)
-        printed = _printed(log)
-        if (no_room := os.strerror(errno.ENOSPC)) in printed:
-            raise OSError(errno.ENOSPC, no_room, tempfile.gettempdir()) from None
-        status, no_memory = "crashed", bool(_NO_MEMORY.search(printed))
+        _require_room(log.parent)
+        status, no_memory = "crashed", bool(_NO_MEMORY.search(_printed(log)))
     except BrokenProcessPool as error:
         raise OSError(
             "a compiler's process ended before it took a configuration, and no row is guilty of "
             "that: look what kills processes here; what was finished is kept"
         ) from error
     except Exception as error:
-        if isinstance(error, OSError) and records.is_full(error):
-            raise
+        _require_room(log.parent, error)
         # Neither the kernel's fault nor worth the sweep: the row says what it was.
         status, words = "crashed", words_of(f"{type(error).__name__}: {error}", log)
         # Of Python, or of a `fork` for ptxas.
@@ -252,6 +253,26 @@ def _outcome(
     if no_memory:
         status, words = "out_of_host_memory", f"needs more than {memory:,} bytes: {words}"
     return stamped(status, words, target)
+
+
+def _require_room(folder: Path, failed: Exception | None = None) -> None:
+    """Blame nobody who failed where the disk is full.
+
+    What writes there fails as it likes: the linker by SIGBUS, cuobjdump by an exit code.
+
+    Args:
+        folder: where compilers write.
+        failed: what one of them raised.
+    Raises:
+        OSError: there is no room for what a compile writes.
+    """
+    try:
+        if isinstance(failed, OSError) and disk.is_full(failed):
+            raise failed
+        disk.require_room(folder, _ROOM)
+    except OSError as error:
+        if disk.is_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent)) from None
 
 
 def _printed(log: Path) -> str:
@@ -278,6 +299,8 @@ def _compile_one(
     question: Question | CapturedLaunch, mode: str, log: Path, cache: Path | None = None
 ) -> dict[str, Any]:
     """Answer in a worker, whose stdout and stderr are the compiler's diary."""
+    # What a worker leaves that is killed goes with the log's folder.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(log.parent)
     with log.open("w") as diary:
         # Where ptxas fails, Triton prints all of its input to stdout.
         for stream in (sys.stdout, sys.stderr):

@@ -17,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import compiler, records, stand_in, sweep, targets
+from . import compiler, records, scratch, stand_in, sweep, targets
 from .answers import TIMEOUT_S, compile_all, cores, words_of
 from .stand_in import recorder
 
@@ -130,12 +129,12 @@ def run(
         raise ValueError(f"async copy {async_copy!r}: expected on, off or default")
     if async_copy == "on" and not found.async_copy_switch:
         raise ValueError(f"async copy on: {target} has no such switch; leave it at default")
-    with tempfile.TemporaryDirectory(prefix="moelab-capture-") as folder:
+    with scratch.folder() as folder:
         began = time.monotonic()
-        exit_code = _run(command, target, Path(folder))
+        exit_code = _run(command, target, folder)
         ran = time.monotonic()
-        events = list(_events(Path(folder)))
-        files = sorted(Path(folder).glob("*.launch"))
+        events = list(_events(folder))
+        files = sorted(folder.glob("*.launch"))
         kept = {file.stem: json.loads(file.read_text()) for file in files}
     answers = _answers(kept, async_copy, jobs, timeout_s, progress)
     rows = [*_launches(events, kept, answers), *_untold(events, target)]

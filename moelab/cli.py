@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from . import __version__, disk, interrupts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,14 +115,35 @@ class _DiskFull(click.ClickException):
 
 
 class _Interruptible(click.Group):
-    """Ends with 130 after Ctrl-C, as a shell expects, and says what is kept."""
+    """Ends with 130 after Ctrl-C and 143 after SIGTERM, as a shell expects, and says what is kept.
+
+    With 4 where a disk is full, be it the one that stdout goes to.
+    """
 
     def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except KeyboardInterrupt as stopped:
-            click.echo(f"\n{str(stopped) or 'interrupted'}", err=True)
-            raise SystemExit(130) from None
+        with interrupts.terminable() as ended:
+            try:
+                try:
+                    return super().invoke(context)
+                finally:
+                    # Python itself would do so after there is an exit code.
+                    sys.stdout.flush()
+            except KeyboardInterrupt as stopped:
+                click.echo(f"\n{str(stopped) or 'interrupted'}", err=True)
+                raise SystemExit(128 + ended.by) from None
+            except OSError as error:
+                if not disk.is_full(error):
+                    raise
+                # What stdout still holds would be tried again.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise _failed(error) from None
+
+
+def _failed(error: Exception) -> click.ClickException:
+    """Tell a full disk from what else the machine lacks."""
+    if isinstance(error, OSError) and disk.is_full(error):
+        return _DiskFull(str(error))
+    return click.ClickException(str(error))
 
 
 @click.group(cls=_Interruptible, context_settings={"show_default": True, "max_content_width": 100})
@@ -188,7 +211,7 @@ def sweep(
     What was finished is kept however a sweep ends, and the same command asks only for the rest.
     Ends with 0 where every configuration has its row, 1 where the machine lacks something, 2
     after wrong use, 4 where the disk is full, 5 where a cluster's scheduler is lost, 130 after
-    Ctrl-C.
+    Ctrl-C, 143 after SIGTERM.
 
     \b
     Example:
@@ -234,19 +257,16 @@ def _wrong_use() -> Iterator[None]:
     from .cluster import ClusterError, ClusterLostError
     from .launches import LaunchError
     from .parameters import ParameterError
-    from .records import DiskFullError
     from .toolchain import ToolchainError
 
     try:
         yield
-    except DiskFullError as error:
-        raise _DiskFull(str(error)) from None
     except ClusterLostError as error:
         raise _ClusterLost(str(error)) from None
     except (ParameterError, LaunchError) as error:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError, ToolchainError, MeasureError, ClusterError) as error:
-        raise click.ClickException(str(error)) from None
+        raise _failed(error) from None
 
 
 def _asked(
@@ -614,14 +634,15 @@ def _refuse_beside_ab(sides: Sequence[str], peers: str) -> None:
 
 @contextlib.contextmanager
 def _wrong_use_or_nothing_measured() -> Iterator[None]:
-    """End with 2 whatever it is, and with 130 where it was interrupted: 1 is a regression."""
+    """End with 2 whatever it is but a full disk or an interrupt: 1 is a regression."""
     try:
         with _wrong_use():
             yield
     except KeyboardInterrupt:
-        click.echo("interrupted: no verdict; what was finished is in --store", err=True)
-        raise SystemExit(130) from None
-    except click.UsageError:
+        raise KeyboardInterrupt(
+            "interrupted: no verdict; what was finished is in --store"
+        ) from None
+    except (click.UsageError, _DiskFull):
         raise
     except click.ClickException as error:
         raise click.UsageError(error.message) from None
@@ -645,7 +666,7 @@ def _measured_ab(
         records.export(rows, export)
     compared = ab.judged(rows, how["threshold"])
     if markdown is not None:
-        markdown.write_text(regress.markdown(compared), encoding="utf-8")
+        disk.replace(markdown, regress.markdown(compared))
     return compared
 
 
@@ -741,8 +762,6 @@ def tune(
 
 def _tuned_path(target: str, out: Path | None) -> Path:
     """Name the file before anything is measured."""
-    import os
-
     from . import tuned
 
     if out is None and not os.environ.get("MOELAB_TUNED"):
@@ -864,8 +883,8 @@ def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path, na
         html = report_.render(notebook, values, out, name=name)
     except (ParameterError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from None
-    except report_.ReportError as error:
-        raise click.ClickException(str(error)) from None
+    except (OSError, report_.ReportError) as error:
+        raise _failed(error) from None
     click.echo(html)
 
 
@@ -991,7 +1010,7 @@ def capture(
     except (ValueError, capture_.CaptureError) as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:
-        raise click.ClickException(str(error)) from None
+        raise _failed(error) from None
     if as_json:
         click.echo(rows.to_json(orient="records", lines=True), nl=False)
     else:
@@ -1114,7 +1133,7 @@ def export(
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:
-        raise click.ClickException(str(error)) from None
+        raise _failed(error) from None
     for file, path in zip(files, paths, strict=True):
         click.echo(path)
         if file.left_out:
@@ -1172,8 +1191,11 @@ def compare(
             given = {"baseline": baseline, "candidate": candidate, "threshold": threshold}
             report_.render_to("06_regression_report", given, html)
         if markdown is not None:
-            markdown.write_text(regress.markdown(compared), encoding="utf-8")
+            disk.replace(markdown, regress.markdown(compared))
     except (ValueError, OSError, report_.ReportError) as error:
-        raise click.UsageError(baselines.inert(error, most=2000)) from None
+        words = baselines.inert(error, most=2000)
+        if isinstance(error, OSError) and disk.is_full(error):
+            raise _DiskFull(words) from None
+        raise click.UsageError(words) from None
     click.echo(regress.as_json(compared) if as_json else regress.text(compared))
     raise SystemExit(compared.exit_code)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from traitlets import Unicode
 from traitlets.config import Config
+
+from . import scratch
 
 # papermill loads its entry points, this one among them, while it is being imported. Where
 # that happens in the next line it gets this placeholder, and the engine at the end.
@@ -77,8 +78,8 @@ class _Engine(NBClientEngine):
         # (https://github.com/nteract/papermill/issues/511), over IPC 0 of 24.
         # The folder is of our own because home folders on network file systems
         # may take no sockets, and because a socket's path ends at 107 bytes.
-        with tempfile.TemporaryDirectory(prefix="moelab-") as folder:
-            connection = {"connection_file": os.path.join(folder, "kernel.json")}
+        with scratch.folder() as folder:
+            connection = {"connection_file": str(folder / "kernel.json")}
             if os.name == "posix" and len(os.fsencode(folder)) < 85:
                 connection["transport"] = "ipc"
             kwargs["kernel_manager_class"] = ThisInterpreter
@@ -95,7 +96,7 @@ class _Engine(NBClientEngine):
                 if not started:
                     raise
                 cell = started[-1]
-                log = Path(folder, "kernel.log").read_text(errors="replace")
+                log = (folder / "kernel.log").read_text(errors="replace")
                 cell.outputs.append(
                     nbformat.v4.new_output(
                         "error",

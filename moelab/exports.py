@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, problems, records, tables, targets
+from . import __version__, disk, problems, records, tables, targets
 from .kernels.launch import AMD_OPTIONS
 from .specs import Problem, Target, Tile
 
@@ -452,6 +451,7 @@ def write(
         the engine's files, provenance not counted.
     Raises:
         ExportError: a file is there and differs; nothing is written then.
+        DiskFullError: there is no room; what was there before stays.
     """
     first = rows.iloc[0]
     texts: dict[Path, str] = {}
@@ -479,10 +479,8 @@ def write(
             f"there, and different:\n  {names}\ngive --force to replace, or another --out"
         )
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(path)
+        disk.make_folder(path.parent)
+        disk.replace(path, text)
     return [Path(out) / file.path for file in files]
 
 

@@ -16,10 +16,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from multiprocessing import resource_tracker
 from typing import Any
 
 from pebble import ProcessPool
-from pebble.pool.process import PoolManager
+from pebble.pool.process import PoolManager, WorkerManager
+
+from . import interrupts
 
 
 class Workers:
@@ -78,6 +81,8 @@ class _Manager(PoolManager):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
+        # Of the pool's own class, but for how it starts one.
+        self.worker_manager.__class__ = _Starter
         self._dead: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
 
     def handle_worker_expiration(self, expiration: tuple[Any, ...]) -> None:
@@ -95,6 +100,16 @@ class _Manager(PoolManager):
                 super().process_next_message(0)
         for expiration in dead:
             super().handle_worker_expiration(expiration)
+
+
+class _Starter(WorkerManager):
+    """Pebble's, whose workers hear no Ctrl-C before they come to ignoring it."""
+
+    def new_worker(self) -> None:
+        # It unblocks interrupts where it is started.
+        resource_tracker.ensure_running()
+        with interrupts.kept_from_children():
+            super().new_worker()
 
 
 @contextlib.contextmanager

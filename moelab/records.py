@@ -8,8 +8,6 @@ neither torch nor triton.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import itertools
 import json
@@ -24,6 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .disk import DiskFullError as DiskFullError
+from .disk import make_folder, replace, sync_folder
+from .disk import room_at as room_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,36 +180,6 @@ _CHECKED_SINCE = 6
 
 _CHECKED = re.compile(rb'(.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
 
-# No room on the disk, in the user's quota, or below the process's limit of a file's size.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def is_full(error: OSError) -> bool:
-    """Tell a full disk from what else may fail."""
-    return error.errno in _FULL
-
-
-class DiskFullError(OSError):
-    """There is no room for a row or an export; what was acknowledged before is kept."""
-
-
-@contextlib.contextmanager
-def room_at(path: Path) -> Iterator[None]:
-    """Say of a full disk what to do about it.
-
-    Raises:
-        DiskFullError: in the place of the system's own error.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not is_full(error):
-            raise
-        raise DiskFullError(
-            f"{error.filename or path}: {error.strerror or error}. The rows that were finished "
-            "are kept; make room and run the same again: it goes on from there"
-        ) from None
-
 
 class Journal:
     """Appends rows to a file of its own in a store.
@@ -221,9 +193,10 @@ class Journal:
         """Open a new file in ``store``, which is made if missing.
 
         Raises:
-            OSError: the folder can't be made or written to.
+            DiskFullError: there is no room for the folder.
+            OSError: it can't be made or written to.
         """
-        store.mkdir(parents=True, exist_ok=True)
+        make_folder(store)
         if not os.access(store, os.W_OK | os.X_OK):
             raise PermissionError(f"{store}: rows can't be written there; choose another store")
         # Readers let the last row of a key win, by name. Past the last name there is, as a
@@ -247,7 +220,7 @@ class Journal:
         with room_at(self.path):
             if self._file is None:
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
             try:
                 left = memoryview(lines)
                 while left:
@@ -265,15 +238,6 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             os.close(self._file)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a new name in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def encode(row: Mapping[str, Any]) -> bytes:
@@ -532,21 +496,11 @@ def export(rows: pd.DataFrame, path: Path | str) -> Path:
     path = Path(path)
     if path.suffix != ".parquet":
         raise ValueError(f"{path}: the export is Parquet; name it {path.with_suffix('.parquet')}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     table = pa.Table.from_pandas(rows, preserve_index=False)
     parquet = io.BytesIO()
     with pq.ParquetWriter(parquet, table.schema, write_page_checksum=True) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({_SEAL: _UNSEALED})
-    with room_at(path):
-        try:
-            with partial.open("wb") as file:
-                file.write(_sealed(parquet.getvalue()))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+    make_folder(path.parent)
+    replace(path, _sealed(parquet.getvalue()))
     return path

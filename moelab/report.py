@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import disk
 from .parameters import ParameterError, assignments, parameters_of, unknown_parameters
 
 _HERE = Path(__file__).resolve().parent
@@ -62,6 +64,7 @@ def render(
     Raises:
         FileNotFoundError: there is no such notebook; the message lists them.
         ParameterError: a name or a value doesn't fit; nothing ran.
+        DiskFullError: there is no room; what was there before stays.
         ReportError: a cell failed; both files hold what was done before. Or
             ``out_dir`` is the notebook's own folder; nothing ran.
     """
@@ -72,7 +75,7 @@ def render(
     executed, html = out_dir / f"{name}.ipynb", out_dir / f"{name}.html"
     if executed.resolve() == source.resolve():
         raise ReportError(f"{executed} is the notebook itself; pass another out_dir")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(out_dir)
 
     import papermill
 
@@ -84,17 +87,24 @@ def render(
     log = logging.getLogger("papermill")
     level = log.level
     log.setLevel(logging.CRITICAL)
+    # papermill writes it after each cell, wherever it may be cut off.
+    partial = out_dir / f".{name}.{os.getpid()}.ipynb"
     try:
-        papermill.execute_notebook(
-            _literal(source),
-            _literal(executed),
-            values,
-            engine_name="moelab",
-            kernel_name="python3",
-            language="python",
-            progress_bar=progress,
-        )
+        with disk.room_at(partial):
+            papermill.execute_notebook(
+                _literal(source),
+                _literal(partial),
+                values,
+                engine_name="moelab",
+                kernel_name="python3",
+                language="python",
+                progress_bar=progress,
+            )
+        _keep(partial, executed)
     except papermill.PapermillExecutionError as error:
+        if error.ename == disk.DiskFullError.__name__:
+            raise disk.DiskFullError(error.evalue) from None
+        _keep(partial, executed)
         to_html(executed, html)
         raise ReportError(
             f"{source.name}: cell [{error.exec_count or '?'}] raised "
@@ -106,7 +116,17 @@ def render(
         ) from error
     finally:
         log.setLevel(level)
+        partial.unlink(missing_ok=True)
     return to_html(executed, html)
+
+
+def _keep(partial: Path, executed: Path) -> None:
+    """Let a notebook that ran take its place."""
+    import nbformat
+
+    nb = nbformat.read(partial, as_version=4)
+    nb.metadata.papermill.output_path = str(executed)
+    disk.replace(executed, nbformat.writes(nb))
 
 
 def render_to(notebook: str | Path, parameters: Mapping[str, object], html: Path) -> Path:
@@ -219,7 +239,7 @@ def to_html(executed_ipynb: Path, html: Path) -> Path:
         },
     }
     body, _ = exporter.from_notebook_node(nb, resources)
-    html.write_text(_finish(body), encoding="utf-8")
+    disk.replace(html, _finish(body))
     return html
 
 

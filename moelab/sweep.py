@@ -23,13 +23,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import cluster, compiler, isolation, records, targets, toolchain
+from . import cluster, compiler, disk, interrupts, isolation, records, targets, toolchain
 from .answers import LEAST_MEMORY, TIMEOUT_S, compile_all, cores
 from .launches import LaunchError
 from .specs import Configuration, KernelLaunch, Question
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# That a process of another Triton has to end its workers and remove its folders.
+_CLEARED_UP_S = 1.5
 
 Q = TypeVar("Q", bound=Configuration | KernelLaunch)
 
@@ -68,7 +71,7 @@ def run(
     Raises:
         ValueError: fewer than one job, too little memory, jobs or another Triton beside a
             cluster, or a launch that does not describe its kernel.
-        OSError: the store can't be written to; `records.DiskFullError` where it is full.
+        OSError: the store can't be written to; `disk.DiskFullError` where it is full.
         ToolchainError: no such Triton, or it does not start.
         ClusterError: the cluster can't answer; `cluster.ClusterLostError` where it is lost
             meanwhile. The rows that were finished are in the store.
@@ -144,19 +147,23 @@ def _answered_by(
     """Let a process of another Triton answer, which writes to the same store."""
     request = pickle.dumps((questions, store.absolute(), options))
     with chosen.environment() as environment:
-        try:
-            process = subprocess.run(
-                [chosen.python, "-c", "from moelab import sweep; sweep.serve()"],
-                input=request,
+        with interrupts.kept_from_children():
+            process = subprocess.Popen(
+                [chosen.python, "-c", f"from moelab import sweep; sweep.serve({os.getpid()})"],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
             )
+        try:
+            out, _ = process.communicate(request)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted; what {chosen.name} finished is in {store}, and the same command "
                 "asks only for the rest"
             ) from None
-    lines = process.stdout.splitlines()
+        finally:
+            _end(process)
+    lines = out.splitlines()
     if process.returncode or not lines:
         # Says why, if it is that the Python or its Triton does not start.
         chosen.versions()
@@ -170,30 +177,45 @@ def _answered_by(
     return reply["rows"]
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that clears up when it is asked to, if it is not at its end."""
+    process.terminate()
+    try:
+        process.wait(_CLEARED_UP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 # What `_answered` raises of a question, the narrowest first.
 _RAISED = {
     "LaunchError": LaunchError,
     "ValueError": ValueError,
-    "DiskFullError": records.DiskFullError,
+    "DiskFullError": disk.DiskFullError,
     "OSError": OSError,
 }
 
 
-def serve() -> None:
-    """Answer a request of `_answered_by`: pickled on stdin, rows as JSON on stdout."""
-    isolation.die_with(os.getppid())
+def serve(parent: int) -> None:
+    """Answer a request of `_answered_by`: pickled on stdin, rows as JSON on stdout.
+
+    Args:
+        parent: who asks; SIGTERM is how it says that an answer is wanted no more.
+    """
+    isolation.die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever else prints must not be taken for the reply.
     reply_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     questions, store, options = pickle.load(sys.stdin.buffer)
     try:
-        reply: dict[str, Any] = {"rows": _answered(questions, store, **options)}
+        with interrupts.terminable():
+            reply: dict[str, Any] = {"rows": _answered(questions, store, **options)}
     except tuple(_RAISED.values()) as error:
         kind = next(name for name, kind in _RAISED.items() if isinstance(error, kind))
         reply = {"error": str(error), "kind": kind}
     except KeyboardInterrupt:
-        # Whoever asked was interrupted too, and says so.
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + signal.SIGTERM)
     with os.fdopen(reply_to, "w") as out:
         out.write(json.dumps(reply) + "\n")
 
@@ -243,7 +265,7 @@ def _answered(
             with (
                 contextlib.closing(compiled),
                 records.Journal(store) as journal,
-                records.room_at(store),
+                disk.room_at(store),
                 progress_bar(len(asked), left, progress) as bar,
             ):
                 for found in answers:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import scratch
+
 # What moelab needs to compile in a Python that is not its own.
 _BORROWED = ("moelab", "pebble", "elftools", "tqdm")
 
@@ -64,10 +66,10 @@ class Toolchain:
         """Give the environment in which ``python`` imports this Triton and moelab."""
         with contextlib.ExitStack() as stack:
             if self.own_python:
-                borrowed = stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
+                borrowed = stack.enter_context(scratch.folder())
                 for package in _BORROWED:
-                    (Path(borrowed) / package).symlink_to(_package(package))
-                path = [borrowed]
+                    (borrowed / package).symlink_to(_package(package))
+                path = [str(borrowed)]
             else:
                 path = [str(self.folder)] if self.folder else []
                 path.append(str(_package("moelab").parent))

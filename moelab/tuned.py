@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import problems
+from . import disk, problems
 from .specs import X_FORMATS, Problem, Tile
 
 if TYPE_CHECKING:
@@ -275,6 +275,7 @@ def save(rows: Iterable[Mapping[str, Any]], target: str, path: Path | str) -> Pa
         rows: of `winners`.
     Raises:
         ValueError: there are none, or what is there is not such a file, or another target's.
+        DiskFullError: there is no room; what was there before stays.
     """
     path, new = Path(path), [dict(row) for row in rows]
     if not new:
@@ -303,10 +304,8 @@ def save(rows: Iterable[Mapping[str, Any]], target: str, path: Path | str) -> Pa
     ]
     head = json.dumps({"schema": SCHEMA_VERSION, "target": target, "made_by": makers}, indent=1)
     body = ",\n  ".join(lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(f'{head[:-2]},\n "rows": [\n  {body}\n ]\n}}\n')
-    partial.replace(path)
+    disk.make_folder(path.parent)
+    disk.replace(path, f'{head[:-2]},\n "rows": [\n  {body}\n ]\n}}\n')
     forget()
     return path
 

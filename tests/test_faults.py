@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from faults import ABORT, EXIT, HANG, HANGING_HELPER, HOG, SEGFAULT, STUMBLE, Sw
 from pandas.testing import assert_frame_equal
 from test_records import ROW
 
-from moelab import compiler, plan, records, sweep
+from moelab import compiler, disk, plan, records, sweep
 from moelab.answers import answer, compile_all
 
 SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
@@ -273,10 +274,10 @@ def test_a_full_temporary_folder_is_no_configurations_fault(tmp_path, mounted, m
             filler.write(bytes(4096))
     # Enough that Python takes the folder for usable.
     os.truncate(tmp_path / "filler", os.stat(tmp_path / "filler").st_size - 8192)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(OSError) as error:
         list(compile_all({"a": real(stages=2)[0]}, "full", 1, 60))
-    assert records.is_full(error.value)
+    assert disk.is_full(error.value)
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_compiled(tmp_path, mounted):
@@ -389,11 +390,56 @@ def test_of_300_flipped_bits_in_an_export_none_changes_a_row_silently(export):
 # The compiler's cache.
 
 
+MATMUL = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def matmul(a, b, c, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    a += offs_m[:, None] * k + offs_k[None, :]
+    b += offs_k[:, None] * n + offs_n[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, k, BK):
+        acc += tl.dot(tl.load(a), tl.load(b))
+        a += BK
+        b += BK * n
+    tl.store(c + offs_m[:, None] * n + offs_n[None, :], acc)
+
+
+if __name__ == "__main__":
+    import torch
+
+    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    matmul[(1,)](x, x, torch.empty(256, 256, device="cuda"), 256, 256, 64, 64, 64, num_stages=3)
+"""
+
+MATMUL_LAUNCH = {
+    "args": dict.fromkeys("ab", "*bf16:16")
+    | {"c": "*fp32:16", "n": "i32:16", "k": "i32:16", "BM": 64, "BN": 64, "BK": 64},
+    "options": {"num_stages": 3},
+}
+
+
 @pytest.fixture(scope="module")
-def users_cache(tmp_path_factory):
-    """What Triton left in a user's cache of a kernel, and its true LDS."""
+def kernel(tmp_path_factory):
+    """A folder with somebody's kernel and how it is launched."""
+    place = tmp_path_factory.mktemp("kernel")
+    (place / "matmul.py").write_text(MATMUL)
+    (place / "launch.json").write_text(json.dumps(MATMUL_LAUNCH))
+    return place
+
+
+@pytest.fixture(scope="module")
+def users_cache(kernel, tmp_path_factory):
+    """What Triton left in a user's cache of two kernels, and the true LDS of moelab's."""
     folder = tmp_path_factory.mktemp("cache")
     question = real(stages=2)[0]
+    for other in plan.launches(
+        f"{kernel}/matmul.py:matmul", kernel / "launch.json", targets="gfx950,sm_90"
+    ):
+        compiler.full(compiler.specialize(other), folder)
     with compiler.settings(compiler.specialize(question), folder):
         true = compiler.full(compiler.specialize(question), folder)[0].lds_bytes
         assert believed(question) == true > 1
@@ -436,41 +482,56 @@ def override(question):
 
 DAMAGE = {"tampered": tamper, "truncated": truncate}
 
+# Settings under which Triton by itself fails, and what it says.
+MISLED = {
+    "read-only": ({}, OSError),
+    "full": ({}, OSError),
+    "fetched": ({"TRITON_CACHE_MANAGER": "no_such_module:Manager"}, ImportError),
+    "remote": (
+        {
+            "TRITON_CACHE_MANAGER": "triton.runtime.cache:RemoteCacheManager",
+            "TRITON_REMOTE_CACHE_BACKEND": "no_such_module:Backend",
+        },
+        ImportError,
+    ),
+    "overridden": ({"TRITON_KERNEL_OVERRIDE": "1"}, RuntimeError),
+    "dumped": ({"TRITON_KERNEL_DUMP": "1", "TRITON_DUMP_DIR": "/proc/nowhere"}, OSError),
+    "home": ({"HOME": "/proc/nowhere", "TRITON_HOME": "/proc/nowhere"}, OSError),
+    "binaries": ({"TRITON_STORE_BINARY_ONLY": "1"}, None),
+}
 
-@pytest.fixture(params=[*DAMAGE, "read-only", "full", "fetched", "overridden"])
+
+@pytest.fixture(params=[*DAMAGE, *MISLED])
 def bad_cache(request, users_cache, tmp_path, monkeypatch):
     """Set this process, and what it starts, to a cache that lies, or takes nothing."""
     folder, question, true = users_cache
     cache = tmp_path / "cache"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    if request.param in ("read-only", "full"):
-        mounted = request.getfixturevalue("mounted")
-        cache.mkdir()
-        if request.param == "read-only":
-            mounted("ro")
-        else:
-            mounted("size=4k")
-        with pytest.raises(OSError):
-            believed(question)
-    elif request.param == "fetched":
-        monkeypatch.setenv("TRITON_CACHE_MANAGER", "no_such_module:Manager")
-        with pytest.raises(ImportError):
-            believed(question)
-    elif request.param == "overridden":
-        monkeypatch.setenv("TRITON_KERNEL_OVERRIDE", "1")
-        monkeypatch.setenv("TRITON_OVERRIDE_DIR", str(cache))
-        override(question)
-        with pytest.raises(RuntimeError):
-            believed(question)
-    else:
+    if request.param in DAMAGE:
         shutil.copytree(folder, cache)
         # It names its files by their absolute paths.
         for index in cache.rglob("__grp__*.json"):
             index.write_text(index.read_text().replace(str(folder), str(cache)))
         DAMAGE[request.param](cache)
-    if request.param == "tampered":
-        with compiler.settings(compiler.specialize(question), cache):
-            assert believed(question) == 1
+        if request.param == "tampered":
+            with compiler.settings(compiler.specialize(question), cache):
+                assert believed(question) == 1
+        return question, true
+    variables, error = MISLED[request.param]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if request.param in ("read-only", "full"):
+        mounted = request.getfixturevalue("mounted")
+        cache.mkdir()
+        mounted("ro" if request.param == "read-only" else "size=4k")
+    elif request.param == "overridden":
+        monkeypatch.setenv("TRITON_OVERRIDE_DIR", str(cache))
+        override(question)
+    elif request.param == "home":
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    if error is not None:
+        with pytest.raises(error):
+            believed(question)
     return question, true
 
 
@@ -478,6 +539,56 @@ def test_no_cache_of_the_users_changes_a_byte(bad_cache):
     question, true = bad_cache
     assert answer(question, "full")["lds_bytes"] == true
     assert answer(question, "map")["lds_bytes"] == true
+
+
+# Runs commands one after the other, each with a file for its stdout.
+COMMANDS = """
+import json, os, sys
+from moelab.cli import app
+for name, command in json.loads(sys.argv[1]).items():
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), 1)
+    try:
+        app(command)
+    except SystemExit as ended:
+        os.write(1, f"exit code {ended.code}".encode())
+"""
+
+WAYS = ("sweep", "sweep --map", "sweep --full", "lds", "lds --full", "capture", "advise")
+
+
+@pytest.fixture(scope="module")
+def told(kernel):
+    """What each way in tells unharmed."""
+    return all_told(kernel, kernel)
+
+
+def all_told(kernel, folder):
+    """Ask for the bytes by every way in, into stores and files in a folder."""
+    asked = {
+        "sweep": "--kernel moe_gemm_a8w8 --target gfx950 --tile 16x64x64 --warps 4 --m 512 "
+        "--stages 2 --async-copy on",
+        "lds": f"{kernel}/matmul.py:matmul {kernel}/launch.json --target gfx950,sm_90",
+        "capture": f"--target gfx950 -- {sys.executable} {kernel}/matmul.py",
+    }
+    asked["advise"] = f"{asked['sweep']} --all --top 1 --keep block_m,block_n,num_warps"
+    commands = {}
+    for way in WAYS:
+        name, *switch = way.split()
+        given = [name, *switch, "--jobs", "1", "--json"]
+        if name != "capture":
+            given += ["--store", str(folder / f"rows of {way}")]
+        commands[str(folder / way)] = given + asked[name].split()
+    subprocess.run([sys.executable, "-c", COMMANDS, json.dumps(commands)], check=True)
+    return {way: (folder / way).read_text() for way in WAYS}
+
+
+@pytest.mark.slow
+def test_no_cache_of_the_users_changes_what_any_way_in_tells(
+    told, bad_cache, kernel, tmp_path_factory
+):
+    for way, text in told.items():
+        assert re.search(r'"lds_bytes":[1-9]', text) and text.endswith("exit code 0"), (way, text)
+    assert all_told(kernel, tmp_path_factory.mktemp("ways")) == told
 
 
 # Ctrl-C and clocks.

@@ -217,16 +217,21 @@ def test_a_launch_that_another_triton_refuses_arrives_as_one(newer, tmp_path):
         sweep.run([question], tmp_path / "rows", triton=NEWER, jobs=1, progress=False)
 
 
-def test_an_interrupt_ends_another_triton_without_a_traceback(tmp_path):
+def test_another_triton_leaves_ctrl_c_to_who_asked_and_ends_quietly_by_sigterm(
+    tmp_path,
+):
     script = (
-        "import signal\n"
+        "import os, signal\n"
         "from moelab import sweep\n"
-        "sweep._answered = lambda *_: signal.raise_signal(signal.SIGINT)\n"
-        "sweep.serve()\n"
+        "def answered(*_):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "sweep._answered = answered\n"
+        "sweep.serve(os.getppid())\n"
     )
     request = pickle.dumps(([], tmp_path, {}))
     ended = subprocess.run([sys.executable, "-c", script], input=request, capture_output=True)
-    assert (ended.returncode, ended.stderr) == (130, b"")
+    assert (ended.returncode, ended.stderr) == (143, b"")
 
 
 # With Tritons from the package index.

@@ -8,14 +8,13 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import kernels, launches, targets
+from .. import kernels, launches, scratch, targets
 from ..specs import AsyncCopy, CapturedLaunch, KernelLaunch, Question, Source, Target
 
 
@@ -308,23 +307,14 @@ def _binder(fn: Any, target: str) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def settings(launch: Launch, cache: Path | None = None) -> Iterator[None]:
-    """Apply a launch's compiler switches, and a cache that nobody else wrote to.
-
-    What a cache says is believed: edited metadata comes back as the compiler's answer. So do
-    an overriding stage and what a cache manager of the user's fetches from elsewhere.
-    """
+    """Apply a launch's compiler switches, and a cache that nobody else wrote to."""
     from triton import knobs
-    from triton.runtime.cache import FileCacheManager
 
     with contextlib.ExitStack() as stack:
-        folder = cache or stack.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
+        folder = cache or stack.enter_context(scratch.folder())
         stack.enter_context(_environment(launch.environment))
         stack.enter_context(knobs.amd.scope())
-        stack.enter_context(knobs.cache.scope())
-        stack.enter_context(knobs.compilation.scope())
-        knobs.cache.dir = str(folder)
-        knobs.cache.manager_class = FileCacheManager
-        knobs.compilation.override = False
+        stack.enter_context(cache_at(folder))
         if launch.async_copy is not None:
             knobs.amd.use_async_copy = launch.async_copy
         yield
@@ -332,11 +322,22 @@ def settings(launch: Launch, cache: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cache_at(folder: Path) -> Iterator[None]:
-    """Let launches find in a cache what `full` left there."""
-    from triton import knobs
+    """Let the compiler, and launches, find in a cache what `full` left there, and nothing else.
 
-    with knobs.cache.scope():
+    What a cache says is believed: edited metadata comes back as the compiler's answer. So do
+    an overriding stage and what a cache manager of the user's fetches from elsewhere. Of a cache
+    of binaries alone the registers can't be read, and a dump goes to a folder of the user's that
+    may be full.
+    """
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager
+
+    with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
+        knobs.cache.manager_class = FileCacheManager
+        knobs.compilation.override = False
+        knobs.compilation.store_binary_only = False
+        knobs.compilation.dump_ir = False
         yield
 
 
