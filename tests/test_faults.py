@@ -19,10 +19,11 @@ from faults import ABORT, EXIT, HANG, HANGING_HELPER, HOG, SEGFAULT, STUMBLE, Sw
 from pandas.testing import assert_frame_equal
 from test_records import ROW
 
-from moelab import compiler, disk, plan, records, sweep
+from moelab import compiler, disk, plan, records, regress, sweep
 from moelab.answers import answer, compile_all
 
-SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
+MOELAB = [sys.executable, "-c", "from moelab.cli import app; app()"]
+SWEEP = [*MOELAB, "sweep"]
 
 short_and_long = pytest.mark.parametrize(
     "times", [8, pytest.param(100, marks=pytest.mark.slow)], ids="{} times".format
@@ -188,6 +189,26 @@ def test_a_kill_loses_no_acknowledged_row_doubles_none_and_leaves_no_orphan(tmp_
     assert told > times / 2
 
 
+def test_what_a_killed_sweep_left_in_the_temporary_folder_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    store = tmp_path / "rows"
+    runs = Sweep(store, [1, HANG]), Sweep(tmp_path / "others", [1, HANG])
+    for run in runs:
+        run.wait_for_a_row()
+    of_both = set(tmp_path.glob("moelab-*"))
+    runs[0].process.kill()
+    runs[0].end()
+    assert set(tmp_path.glob("moelab-*")) == of_both and len(of_both) == 2
+    assert Sweep(store, [2]).end()[0] == 0
+    left = set(tmp_path.glob("moelab-*"))
+    assert len(left) == 1 and left < of_both
+    # Its own is in use.
+    assert runs[1].process.poll() is None
+    runs[1].process.send_signal(signal.SIGTERM)
+    runs[1].end()
+    assert not set(tmp_path.glob("moelab-*"))
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_of_the_real_compiler_goes_on_where_it_was(tmp_path):
     given = ["--kernel", "moe_gemm_a8w8", "--target", "gfx950", "--tile", "16x64x64,32x64x64"]
@@ -213,11 +234,71 @@ def test_a_killed_sweep_of_the_real_compiler_goes_on_where_it_was(tmp_path):
     assert len(list(records.lines(store))) == 16
 
 
+HANGING = """
+import os, subprocess, sys, torch
+os.write(2, b"started\n")
+subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [5])
+def test_a_killed_capture_leaves_nothing_of_the_command_behind_it(tmp_path, times):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    command = f"{sys.executable} hanging.py & {sys.executable} hanging.py; true"
+    for _ in range(times):
+        process = subprocess.Popen(
+            [*MOELAB, "capture", "--target", "gfx950", "--", "sh", "-c", command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | {faults.MARK: str(tmp_path)},
+            cwd=tmp_path,
+        )
+        for _ in range(2):
+            assert process.stderr.readline() == b"started\n"
+        process.kill()
+        process.communicate(timeout=10)
+        assert faults.outlived(tmp_path) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [10])
+def test_a_killed_sweep_of_another_triton_leaves_no_orphan(tmp_path, times):
+    """From before it has read what is asked until it compiles."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    given = ["--kernel", "all", "--target", "gfx950", "--stages", "1,2,3,4", "--jobs", "2"]
+    for run in range(times):
+        process = subprocess.Popen(
+            [*SWEEP, *given, "--triton", python, "--store", tmp_path / str(run)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {faults.MARK: str(tmp_path)},
+        )
+        while len(faults.alive(tmp_path)) < 2:
+            time.sleep(0.002)
+        time.sleep(0.7 * run)
+        process.kill()
+        process.wait()
+        assert faults.outlived(tmp_path) == {}
+
+
 # Two at once.
 
 
-def test_two_sweeps_into_one_store_at_once_lose_nothing(tmp_path):
+def test_two_sweeps_into_one_store_lose_nothing_while_it_is_read_and_exported(tmp_path):
     both = [Sweep(tmp_path, of, jobs=2, sleep_s=0.002) for of in (range(1, 100), range(50, 150))]
+    for of in both:
+        of.wait_for_a_row()
+    # A row that is just being written is another's to finish: it is no damage to warn of.
+    seen = 0
+    while any(of.process.poll() is None for of in both):
+        rows = records.read(records.export(records.read(tmp_path), tmp_path / "rows.parquet"))
+        assert seen <= len(rows) and (rows["lds_bytes"] == rows["num_stages"]).all()
+        assert len(regress.compare(rows, rows).cells) == len(rows)
+        seen = len(rows)
+    assert seen > 1
     told = [of.end() for of in both]
     assert [code for code, _, _ in told] == [0, 0]
     assert sorted(told[0][2] + told[1][2]) == kept(tmp_path)
@@ -594,28 +675,49 @@ def test_no_cache_of_the_users_changes_what_any_way_in_tells(
 # Ctrl-C and clocks.
 
 
-def test_ctrl_c_ends_within_two_seconds_and_says_how_to_go_on(tmp_path):
-    process = Sweep(tmp_path, [*range(1, 100), HANG, HANG - 100], jobs=2, sleep_s=0.02)
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_within_two_seconds_and_say_how_to_go_on(
+    tmp_path, monkeypatch, sent, code
+):
+    store, temporary = tmp_path / "rows", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = Sweep(store, [*range(1, 100), HANG, HANG - 100], jobs=2, sleep_s=0.02)
     process.wait_for_a_row()
     began = time.monotonic()
-    process.process.send_signal(signal.SIGINT)
-    code, err, told = process.end()
+    process.process.send_signal(sent)
+    ended, err, told = process.end()
     assert time.monotonic() - began < 2
-    assert code == 130
+    assert ended == code
     said = re.fullmatch(
-        rf"interrupted; (\d+) of 101 rows are in {tmp_path}, and the same command asks only for "
-        r"the other (\d+)",
-        # A worker that was just starting may say before that it was stopped.
-        err.strip().splitlines()[-1],
+        rf"\ninterrupted; (\d+) of 101 rows are in {store}, and the same command asks only for "
+        r"the other (\d+)\n",
+        err,
     )
     assert said, err
     done, left = map(int, said.groups())
     # It may come when a row is on the disk and not yet counted.
-    assert len(kept(tmp_path)) - done in (0, 1) and done + left == 101
-    assert set(told) <= set(kept(tmp_path))
-    assert faults.outlived(tmp_path) == {}
-    Sweep(tmp_path, range(1, 100)).end()
-    assert kept(tmp_path) == list(range(1, 100))
+    assert len(kept(store)) - done in (0, 1) and done + left == 101
+    assert set(told) <= set(kept(store))
+    assert faults.outlived(store) == {}
+    assert list(temporary.iterdir()) == []
+    Sweep(store, range(1, 100)).end()
+    assert kept(store) == list(range(1, 100))
+
+
+@short_and_long
+def test_ctrl_c_in_a_terminal_is_quiet_though_it_meets_workers_that_are_just_starting(
+    tmp_path, times
+):
+    draw = random.Random(times)
+    for interrupt in range(times):
+        stages = range(faults.EXITS, faults.EXITS + 400)
+        process = Sweep(tmp_path / str(interrupt), stages, jobs=2, own_group=True)
+        process.wait_for_a_row()
+        time.sleep(draw.uniform(0, 0.3))
+        os.killpg(process.process.pid, signal.SIGINT)
+        code, err, _ = process.end()
+        assert (code, err.strip().count("\n")) == (130, 0), err
 
 
 @pytest.mark.slow
