@@ -146,6 +146,47 @@ def test_a_compile_that_needs_too_much_is_told_from_one_that_is_rejected(target)
     assert answers["hog"]["reason"].startswith(f"needs more than {memory:,} bytes: ")
 
 
+MATMUL = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def matmul(a, b, c, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    a += offs_m[:, None] * k + offs_k[None, :]
+    b += offs_k[:, None] * n + offs_n[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, k, BK):
+        acc += tl.dot(tl.load(a), tl.load(b))
+        a += BK
+        b += BK * n
+    tl.store(c + offs_m[:, None] * n + offs_n[None, :], acc)
+
+
+if __name__ == "__main__":
+    import torch
+
+    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    matmul[(1,)](x, x, torch.empty(256, 256, device="cuda"), 256, 256, 64, 64, 64, num_stages=3)
+"""
+
+MATMUL_LAUNCH = {
+    "args": dict.fromkeys("ab", "*bf16:16")
+    | {"c": "*fp32:16", "n": "i32:16", "k": "i32:16", "BM": 64, "BN": 64, "BK": 64},
+    "options": {"num_stages": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """A folder with somebody's kernel and how it is launched."""
+    place = tmp_path_factory.mktemp("kernel")
+    (place / "matmul.py").write_text(MATMUL)
+    (place / "launch.json").write_text(json.dumps(MATMUL_LAUNCH))
+    return place
+
+
 # A driver that is killed.
 
 
@@ -340,6 +381,98 @@ def test_a_full_disk_has_its_own_exit_code_and_loses_nothing(tmp_path, mounted):
     assert set(told).isdisjoint(more)
 
 
+NOTEBOOK = {
+    "cells": [
+        {
+            "cell_type": "code",
+            "id": "a",
+            "metadata": {"tags": ["parameters"]},
+            "source": "n: int = 1  # to print",
+            "outputs": [],
+            "execution_count": None,
+        },
+        {
+            "cell_type": "code",
+            "id": "b",
+            "metadata": {},
+            "source": "print('n' * 100 * n)",
+            "outputs": [],
+            "execution_count": None,
+        },
+    ],
+    "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    "nbformat": 4,
+    "nbformat_minor": 5,
+}
+
+# What each command writes, by the files that it leaves.
+WRITES = {
+    "sweep --export": ("rows.parquet",),
+    "capture --export": ("launches.parquet",),
+    "export": ("E=128,N=1536,device_name=AMD_Instinct_MI355X,dtype=fp8_w8a8.json",),
+    "report": ("report.html", "report.ipynb"),
+    "compare --markdown": ("summary.md",),
+    "compare --html": ("report.html",),
+}
+
+
+def writing(command, place, beside):
+    """Spell a command of `WRITES` that writes to a place, and how it ends if it can."""
+    rows = f"--rows {beside}/rows"
+    grid = "--kernel moe_gemm_a8w8 --model Qwen3-235B-A22B --target gfx950 --tile 16x64x64 "
+    grid += (
+        f"--warps 4 --m 512 --layer all --stages 1,2 --async-copy on --jobs 1 --store {beside}/rows"
+    )
+    both = f"{beside}/rows {beside}/rows"
+    return {
+        "sweep --export": f"sweep {grid} --export {place}/rows.parquet",
+        "capture --export": f"capture --target gfx950 --export {place}/launches.parquet -- "
+        f"{sys.executable} {beside}/matmul.py",
+        "export": f"export --format vllm --target gfx950 {rows} --out {place} --force",
+        "report": f"report {beside}/report.ipynb --out {place}",
+        "compare --markdown": f"compare {both} --markdown {place}/summary.md",
+        "compare --html": f"compare {both} --html {place}/report.html",
+    }[command].split()
+
+
+def run_writing(command, place, beside):
+    ended = subprocess.run([*MOELAB, *writing(command, place, beside)], capture_output=True)
+    return ended.returncode, ended.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", WRITES)
+def test_a_full_disk_ends_whatever_writes_with_4_and_leaves_its_files_whole(
+    command, kernel, tmp_path, mounted
+):
+    (kernel / "report.ipynb").write_text(json.dumps(NOTEBOOK))
+    mounted("size=64m")
+    if not (kernel / "rows").exists():
+        assert run_writing("sweep --export", tmp_path, kernel)[0] == 0
+        (tmp_path / "rows.parquet").unlink()
+    code, err = run_writing(command, tmp_path, kernel)
+    assert code == 0, err
+    files = {name: (tmp_path / name).read_bytes() for name in WRITES[command]}
+    assert set(files) == {path.name for path in tmp_path.iterdir() if path.is_file()}
+    with open(tmp_path / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(bytes(4096))
+    code, err = run_writing(command, tmp_path, kernel)
+    assert (code, "Traceback" in err) == (4, False), err
+    assert "No space left on device" in err
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {*files, "filler"}
+    for name, content in files.items():
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "filler").unlink()
+    assert run_writing(command, tmp_path, kernel)[0] == 0
+
+
+def test_a_full_disk_below_stdout_is_told_too():
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([*MOELAB, "targets"], stdout=full, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (4, b"Error: [Errno 28] No space left on device\n")
+
+
 def test_a_limit_of_file_sizes_ends_a_sweep_as_a_full_disk_does(tmp_path):
     for _ in range(20):
         code, err, told = Sweep(tmp_path, range(1, 100), file_bytes=70_000).end()
@@ -469,47 +602,6 @@ def test_of_300_flipped_bits_in_an_export_none_changes_a_row_silently(export):
 
 
 # The compiler's cache.
-
-
-MATMUL = """
-import triton
-import triton.language as tl
-
-
-@triton.jit
-def matmul(a, b, c, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    offs_m, offs_n, offs_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    a += offs_m[:, None] * k + offs_k[None, :]
-    b += offs_k[:, None] * n + offs_n[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for _ in range(0, k, BK):
-        acc += tl.dot(tl.load(a), tl.load(b))
-        a += BK
-        b += BK * n
-    tl.store(c + offs_m[:, None] * n + offs_n[None, :], acc)
-
-
-if __name__ == "__main__":
-    import torch
-
-    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
-    matmul[(1,)](x, x, torch.empty(256, 256, device="cuda"), 256, 256, 64, 64, 64, num_stages=3)
-"""
-
-MATMUL_LAUNCH = {
-    "args": dict.fromkeys("ab", "*bf16:16")
-    | {"c": "*fp32:16", "n": "i32:16", "k": "i32:16", "BM": 64, "BN": 64, "BK": 64},
-    "options": {"num_stages": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    """A folder with somebody's kernel and how it is launched."""
-    place = tmp_path_factory.mktemp("kernel")
-    (place / "matmul.py").write_text(MATMUL)
-    (place / "launch.json").write_text(json.dumps(MATMUL_LAUNCH))
-    return place
 
 
 @pytest.fixture(scope="module")
