@@ -412,10 +412,9 @@ WRITING += ("compare --markdown", "compare --html")
 def writing(command, place, beside):
     """Spell a command of `WRITING` that writes to a place."""
     rows = f"--rows {beside}/rows"
-    grid = "--kernel moe_gemm_a8w8 --model Qwen3-235B-A22B --target gfx950 --tile 16x64x64 "
-    grid += (
-        f"--warps 4 --m 512 --layer all --stages 1,2 --async-copy on "
-    grid += f"--jobs 1 --store {beside}/rows"
+    grid = (
+        "--kernel moe_gemm_a8w8 --model Qwen3-235B-A22B --target gfx950 --tile 16x64x64 --warps 4 "
+        f"--m 512 --layer all --stages 1,2 --async-copy on --jobs 1 --store {beside}/rows"
     )
     both = f"{beside}/rows {beside}/rows"
     return {
