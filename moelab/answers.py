@@ -104,25 +104,27 @@ def stamped(status: str, reason: str | None, target: targets.Target) -> dict[str
 
 
 class Compilers(Protocol):
-    """What answers questions, many at a time."""
+    """What answers questions, many at a time: of the compiler, or any others."""
 
-    ahead: int
-    """How many to ask before the first is answered, so that nobody waits for a question."""
+    @property
+    def ahead(self) -> int:
+        """How many to ask before the first is answered, so that nobody waits for a question."""
+        ...
 
-    def ask(self, question: Question | CapturedLaunch) -> Future[Any]: ...
+    def ask(self, question: Any) -> Future[Any]: ...
 
-    def answer(self, done: Future[Any], question: Question | CapturedLaunch) -> dict[str, Any]: ...
+    def answer(self, done: Future[Any], question: Any) -> Any: ...
 
 
 def spread(
-    questions: Mapping[str, Question | CapturedLaunch], compilers: Compilers
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    questions: Mapping[str, Any], compilers: Compilers
+) -> Generator[tuple[str, Any], None, None]:
     """Yield each key's answer as it comes, asking only so many ahead."""
     left = iter(questions.items())
-    asked: dict[Future[Any], tuple[str, Question | CapturedLaunch]] = {}
+    asked: dict[Future[Any], tuple[str, Any]] = {}
     finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
     while True:
-        for key, question in itertools.islice(left, compilers.ahead - len(asked)):
+        for key, question in itertools.islice(left, max(compilers.ahead - len(asked), 0)):
             future = compilers.ask(question)
             asked[future] = key, question
             future.add_done_callback(finished.put)
@@ -173,7 +175,7 @@ class LocalCompilers:
     def __init__(
         self, number: int, mode: str, timeout_s: float, memory: int, cache: Path | None = None
     ):
-        self.ahead = 2 * number
+        self._number = number
         self._mode, self._timeout_s, self._memory, self._cache = mode, timeout_s, memory, cache
         self._logs: dict[Future[Any], Path] = {}
         self._names = itertools.count()
@@ -182,6 +184,15 @@ class LocalCompilers:
         self._workers = self._open.enter_context(
             contextlib.closing(isolation.Workers(number, memory))
         )
+
+    @property
+    def ahead(self) -> int:
+        return 2 * self._number
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is asked that was not fetched."""
+        return not self._logs
 
     def ask(self, question: Question | CapturedLaunch) -> Future[Any]:
         log = self._folder / str(next(self._names))

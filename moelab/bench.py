@@ -7,27 +7,30 @@ crashes it, hangs it or loses it its GPU is tried once more, alone, and costs no
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import secrets
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import kernels, launcher, records, sweep, targets, workloads
+from . import cluster, kernels, launcher, records, sweep, targets, workloads
 from . import peers as others
+from .answers import cores, spread, stamped
 from .launcher import Gpu, How, Roofs, gpu
 from .specs import Configuration, Problem
 from .timing import MeasureError
 from .workers import TIMEOUT_S, Build, Worker, WorkerLost, peer_key, written
 
 if TYPE_CHECKING:
+    import distributed
     import pandas as pd
 
-__all__ = ["Device", "MeasureError", "gpu", "measure"]
+__all__ = ["Device", "Devices", "MeasureError", "devices", "gpu", "measure"]
 
 ROUNDS = 12
 REPETITIONS = 10
@@ -45,7 +48,7 @@ def measure(
     progress: bool = True,
     peers: Sequence[str] = (),
     resume: str | None = None,
-    device: Device | None = None,
+    device: Device | Devices | None = None,
 ) -> pd.DataFrame:
     """Time every configuration that fits.
 
@@ -56,16 +59,18 @@ def measure(
         seed: of inputs and routing.
         rounds, repetitions: samples are ``rounds x repetitions``; a round is one turn of all
             configurations of a problem.
-        jobs: processes that compile; None takes every core.
+        jobs: processes that compile; None takes every core, and those of a cluster as many as
+            a worker has threads.
         peers: names of `peers.PEERS`, which take turns with ours of each problem that they
             are for. Problems must be `peers.plain`, and are measured one by one.
         resume: the run to go on with; problems of which it has all rows are not measured again.
-        device: what launches, for who measures more than once.
+        device: what launches, for who measures more than once, or has several (`devices`).
     Returns:
         a row per configuration, in their order; those not launched say why. Rows of peers
         follow.
     Raises:
         MeasureError: no GPU, configurations that are not for it, or nothing can be launched.
+        ClusterError: of several devices, the cluster can't answer, or is lost.
         ValueError: an unknown workload or peer, too few rounds, a problem that peers don't
             compute, or a run to resume that was another.
         OSError: the store can't be written to.
@@ -89,25 +94,26 @@ def measure(
         launcher.check(questions, here)
         said["gpu"] = here.name
         run = _Run(questions, said, kept, by_problem=bool(peers))
-        compiled = {of: run.rows[of] for unit in run.left for of in unit}
-        answers = sweep.compiled(compiled, store, device.cache, jobs, progress)
-        for row in compiled.values():
-            row |= answers[row["compile_key"]]
+        device.prepare(run, store, jobs, progress)
+        left = sum(map(len, run.left))
         try:
             with (
                 records.Journal(store) as journal,
                 records.room_at(store),
-                sweep.progress_bar(len(run.rows), len(compiled), progress, "measure") as bar,
+                sweep.progress_bar(len(run.rows), left, progress, "measure") as bar,
+                contextlib.closing(device.measured(run, how)) as done,
             ):
-                for unit in run.left:
-                    journal.append(*run.measured(unit, device, how))
+                for unit, rows in done:
+                    journal.append(*rows)
                     bar.update(len(unit))
         except records.DiskFullError as error:
             raise records.DiskFullError(f"{error}, with --resume {said['run']}") from None
-        except (MeasureError, KeyboardInterrupt) as error:
+        except (MeasureError, cluster.ClusterError, KeyboardInterrupt) as error:
             rest = f"the rows that were finished are in {store}; --resume {said['run']} goes on"
             if isinstance(error, MeasureError):
                 raise MeasureError(f"{error}; {rest}") from None
+            if isinstance(error, cluster.ClusterError):
+                raise type(error)(f"{error}\n{rest}") from None
             raise sweep.Interrupted(f"interrupted; {rest}") from None
     return records.frame([*(run.rows[question] for question in questions), *run.of_peers])
 
@@ -126,6 +132,10 @@ def _kept(store: Path, run: str, workload: str) -> list[dict[str, Any]]:
     if (of := kept[0]["workload"]) != workload:
         raise ValueError(f"resume={run!r}: that run's workload and seed are {of}, not {workload}")
     return kept
+
+
+# A unit, and its rows.
+_Done = tuple[Sequence[Configuration], list[dict[str, Any]]]
 
 
 class _Run:
@@ -148,7 +158,7 @@ class _Run:
     ):
         self.rows = {of: sweep.asked_row(of, "measured") | said for of in questions}
         self.of_peers = [row for row in kept if row.get("peer") is not None]
-        self._said = said
+        self.said = said
         self.left: list[list[Configuration]] = []
         done = {records.key(row): row for row in kept}
         for unit in launcher.by_problem(self.rows) if by_problem else _units(self.rows):
@@ -158,24 +168,18 @@ class _Run:
             else:
                 self.rows |= {of: row for of, row in found.items() if row is not None}
 
-    def measured(
-        self, unit: Sequence[Configuration], device: Device, how: How
+    def gain(
+        self,
+        unit: Sequence[Configuration],
+        ours: Iterable[Mapping[str, Any]],
+        of_peers: Iterable[Mapping[str, Any]],
     ) -> list[dict[str, Any]]:
-        """Measure a unit; returns its rows, those of peers last."""
-        fitting = {of: self.rows[of] for of in unit if self.rows[of]["status"] == "ok"}
-        rows = [self.rows[of] for of in unit]
-        if fitting:
-            roofs = device.roofs(how.rounds)
-            found, beside = device.measure(
-                {of: row["lds_bytes"] for of, row in fitting.items()}, how
-            )
-            for of, row in fitting.items():
-                row |= found[of]
-                row |= _rates(row, of, roofs)
-            # Peers are measured with one problem.
-            rows += [row | self._said | _rates(row, unit[0], roofs) for row in beside]
-        self.of_peers += rows[len(unit) :]
-        return rows
+        """Add what was measured of a unit; returns its rows, those of peers last."""
+        for of, gained in zip(unit, ours, strict=True):
+            self.rows[of] |= gained
+        beside = [dict(row) | self.said for row in of_peers]
+        self.of_peers += beside
+        return [*(self.rows[of] for of in unit), *beside]
 
 
 @dataclass(frozen=True)
@@ -196,17 +200,20 @@ class Device:
 
     Args:
         timeout_s: of one step on the GPU, such as a turn.
+
+    ``abandoned`` is asked now and then whether nobody waits for what is measured.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S):
         self._timeout_s = timeout_s
+        self.abandoned: Callable[[], bool] = lambda: False
         self._folder = tempfile.TemporaryDirectory(prefix="moelab-")
         # Of the compiler, to launch from.
         self.cache = Path(self._folder.name)
         self._worker: Worker | None = None
         self._roofs: dict[int, Roofs] = {}
 
-    @property
+    @functools.cached_property
     def gpu(self) -> Gpu:
         """What it is.
 
@@ -221,6 +228,30 @@ class Device:
         if rounds not in self._roofs:
             self._roofs[rounds] = Roofs(**self._ask("roofs", rounds=rounds))
         return self._roofs[rounds]
+
+    def prepare(self, run: _Run, store: Path, jobs: int | None, progress: bool) -> None:
+        """Compile what is left of a run, as far as it fits."""
+        rows = {of: run.rows[of] for unit in run.left for of in unit}
+        answers = sweep.compiled(rows, store, self.cache, jobs, progress)
+        for row in rows.values():
+            row |= answers[row["compile_key"]]
+
+    def measured(self, run: _Run, how: How) -> Generator[_Done, None, None]:
+        """Measure what is left of a run, unit by unit; yields each with its rows."""
+        for unit in run.left:
+            fitting = [of for of in unit if run.rows[of]["status"] == "ok"]
+            found: dict[Configuration, dict[str, Any]] = {}
+            beside: list[dict[str, Any]] = []
+            if fitting:
+                roofs = self.roofs(how.rounds)
+                told = {of: run.rows[of]["lds_bytes"] for of in fitting}
+                found, beside = self.measure(told, how)
+                for of, row in found.items():
+                    row |= _rates(row, of, roofs)
+                for row in beside:
+                    # Peers are measured with one problem.
+                    row |= _rates(row, unit[0], roofs)
+            yield unit, run.gain(unit, (found.get(of, {}) for of in unit), beside)
 
     def measure(
         self, told: Mapping[Configuration, int], how: How
@@ -291,7 +322,7 @@ class Device:
 
     def _ask(self, do: str, *, suspects: Sequence[str] = (), **rest: Any) -> Any:
         if self._worker is None:
-            self._worker = Worker(Build(), self.cache)
+            self._worker = Worker(Build(), self.cache, lambda: self.abandoned())
             try:
                 self._worker.ask("hello", timeout_s=None)
             except WorkerLost as error:
@@ -312,6 +343,131 @@ class Device:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+class Devices:
+    """The GPUs of a cluster, as `Device`; `devices` gives them.
+
+    A task is a unit, measured by the worker of one GPU with what it compiled itself.
+    """
+
+    def __init__(self, client: distributed.Client):
+        self._client = client
+
+    @functools.cached_property
+    def gpu(self) -> Gpu:
+        """What all of them are.
+
+        Raises:
+            MeasureError: they are not of one kind, or one can't be measured with.
+        """
+        asked = {
+            worker: self._client.submit(_gpu_there, workers=[worker], resources=_GPU, pure=False)
+            for worker in cluster.slots(self._client, _GPU)
+        }
+        told = self._client.gather(asked)
+        kinds = {name: target for name, target in told.values()}
+        if len(kinds) != 1 or None in kinds.values():
+            each = "; ".join(f"{worker}: {name}" for worker, (name, _) in told.items())
+            raise MeasureError(f"the workers' GPUs are not of one kind, which times need: {each}")
+        ((name, target),) = kinds.items()
+        return Gpu(name, targets.get(target))
+
+    def prepare(self, run: _Run, store: Path, jobs: int | None, progress: bool) -> None:
+        """Leave it to the workers, which launch what they compile."""
+
+    def measured(self, run: _Run, how: How) -> Generator[_Done, None, None]:
+        """Let workers measure what is left of a run; yields each unit with its rows."""
+        units = {str(at): unit for at, unit in enumerate(run.left)}
+        job = _Measure(run.said, how, cluster.here())
+        with contextlib.closing(cluster.Tasks(self._client, job)) as tasks:
+            for key, found in spread(units, tasks):
+                yield units[key], run.gain(units[key], found["ours"], found["peers"])
+
+
+@contextlib.contextmanager
+def devices(dask: str) -> Iterator[Devices]:
+    """Connect to the GPUs of a cluster.
+
+    Args:
+        dask: as `cluster.connected` takes it; ``local`` is every GPU of this machine.
+    Raises:
+        ClusterError: see `cluster.connected`.
+        MeasureError: ``local``, and there is no GPU.
+    """
+    local = []
+    if dask == "local":
+        each = launcher.each_gpu()
+        threads = max(1, cores() // len(each))
+        local = [cluster.LocalWorker(threads, _GPU, environment) for environment in each]
+    with cluster.connected(dask, resources=_GPU, local=local) as client:
+        yield Devices(client)
+
+
+# What a worker announces that has one, and a task takes.
+_GPU = {"GPU": 1}
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """The job of a run; see `cluster.Job`. A question is a unit."""
+
+    said: dict[str, Any]
+    how: How
+    needed: Mapping[str, str]
+    resources: Mapping[str, int] = field(default_factory=lambda: _GPU)
+
+    def do(
+        self, unit: Sequence[Configuration], threads: int, abandoned: Callable[[], bool]
+    ) -> dict[str, Any]:
+        device = _device_here()
+        device.abandoned = abandoned
+        run = _Run(unit, self.said, [], by_problem=bool(self.how.peers))
+        try:
+            launcher.check(unit, device.gpu)
+            if device.gpu.name != self.said["gpu"]:
+                raise OSError(f"its GPU is {device.gpu.name}, not {self.said['gpu']}")
+            with tempfile.TemporaryDirectory(prefix="moelab-") as store:
+                device.prepare(run, Path(store), threads, progress=False)
+            for _ in device.measured(run, self.how):
+                pass
+        except MeasureError as error:
+            raise OSError(str(error)) from None
+        finally:
+            device.abandoned = lambda: False
+        ours = [sweep.answer_of(run.rows[of]) for of in unit]
+        return {"ours": ours, "peers": run.of_peers}
+
+    def check(self, unit: Sequence[Configuration], answer: Any) -> None:
+        if not isinstance(answer, dict) or set(answer) != {"ours", "peers"}:
+            raise ValueError("expected rows of ours and of peers")
+        if not all(isinstance(rows, list) for rows in answer.values()):
+            raise ValueError("expected lists of rows")
+        if len(answer["ours"]) != len(unit):
+            raise ValueError(f"{len(answer['ours'])} rows of {len(unit)} configurations")
+        for row in answer["ours"]:
+            records.check_answer(row)
+        for row in answer["peers"]:
+            records.check_row(row)
+
+    def crashed(self, unit: Sequence[Configuration], reason: str) -> dict[str, Any]:
+        rows = [stamped("launch_error", reason, targets.get(of.target)) for of in unit]
+        return {"ours": rows, "peers": []}
+
+
+@functools.cache
+def _device_here() -> Device:
+    """Give this dask worker's GPU; its process ends with the worker."""
+    return Device()
+
+
+def _gpu_there() -> tuple[str, str | None]:
+    """Name a dask worker's GPU and its target, or what is wrong with it."""
+    try:
+        here = _device_here().gpu
+    except MeasureError as error:
+        return str(error), None
+    return here.name, here.target.name
 
 
 def _keys(told: Iterable[Configuration], peers: Iterable[str]) -> dict[Configuration | str, str]:

@@ -95,6 +95,19 @@ _memory = click.option(
 )
 
 
+_dask = click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Let a dask cluster compile: tcp://HOST:PORT, tls://HOST:PORT, or local.",
+)
+
+
+class _ClusterLost(click.ClickException):
+    """A cluster's scheduler went away; what was finished is kept, and the same command goes on."""
+
+    exit_code = 5
+
+
 class _DiskFull(click.ClickException):
     """No room; what was finished is kept, and the same command goes on."""
 
@@ -166,6 +179,7 @@ def app() -> None:
 @_store
 @_jobs
 @_memory
+@_dask
 @_as_json
 def sweep(
     kernel: str,
@@ -189,13 +203,15 @@ def sweep(
     store: Path,
     jobs: int | None,
     memory: int | None,
+    dask: str | None,
     as_json: bool,
 ) -> None:
     """Tell the exact LDS of every configuration of a grid, without a GPU.
 
     What was finished is kept however a sweep ends, and the same command asks only for the rest.
     Ends with 0 where every configuration has its row, 1 where the machine lacks something, 2
-    after wrong use, 4 where the disk is full, 130 after Ctrl-C, 143 after SIGTERM.
+    after wrong use, 4 where the disk is full, 5 where a cluster's scheduler is lost, 130 after
+    Ctrl-C, 143 after SIGTERM.
 
     \b
     Example:
@@ -221,7 +237,7 @@ def sweep(
             scale_layout=scale_layout,
             fast_accum=fast_accum,
         )
-        rows, told = _asked(configurations, tritons, store, full, maps, jobs, memory)
+        rows, told = _asked(configurations, tritons, store, full, maps, jobs, memory, dask)
         if export is not None:
             records.export(rows, export)
     if as_json:
@@ -233,17 +249,23 @@ def sweep(
 
 @contextlib.contextmanager
 def _wrong_use() -> Iterator[None]:
-    """Tell what the user gave from what the machine lacks: exit codes 2 and 1; 4 is room."""
+    """Tell what the user gave from what the machine lacks: exit codes 2 and 1.
+
+    4 is room, 5 a lost cluster.
+    """
     from .bench import MeasureError
+    from .cluster import ClusterError, ClusterLostError
     from .launches import LaunchError
     from .parameters import ParameterError
     from .toolchain import ToolchainError
 
     try:
         yield
+    except ClusterLostError as error:
+        raise _ClusterLost(str(error)) from None
     except (ParameterError, LaunchError) as error:
         raise click.UsageError(str(error)) from None
-    except (OSError, ValueError, ToolchainError, MeasureError) as error:
+    except (OSError, ValueError, ToolchainError, MeasureError, ClusterError) as error:
         raise _failed(error) from None
 
 
@@ -255,13 +277,14 @@ def _asked(
     maps: bool,
     jobs: int | None,
     memory: int | None,
+    dask: str | None = None,
 ) -> tuple[pd.DataFrame, list[Told]]:
     """Ask each Triton, and with ``maps`` also what async copy changed of each map."""
     from dataclasses import replace
 
     from . import lds_map, sweep
 
-    limits: dict[str, Any] = {"jobs": jobs, "memory": memory}
+    limits: dict[str, Any] = {"jobs": jobs, "memory": memory, "dask": dask}
     rows = sweep.each(questions, store, tritons, full=full, maps=maps, **limits)
     if not maps:
         return rows, []
@@ -440,6 +463,12 @@ def _refuse_beside(option: str, *names: str) -> None:
 )
 @click.option("--repetitions", default=10, help="Samples of each in a round.")
 @click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Let the GPUs of a dask cluster measure: tcp://HOST:PORT, tls://HOST:PORT, or local for "
+    "every GPU of this machine.",
+)
+@click.option(
     "--resume",
     metavar="RUN",
     help="Go on with a run that was ended: only problems that it lacks are measured.",
@@ -471,6 +500,7 @@ def measure(
     seed: int,
     rounds: int,
     repetitions: int,
+    dask: str | None,
     resume: str | None,
     peers: str,
     sides: tuple[str, ...],
@@ -492,7 +522,8 @@ def measure(
 
     Launches are made by a process of their own. One that crashes it, hangs it or loses it the
     GPU is tried once more, alone; its neighbours are measured anew. A run that was ended, with
-    Ctrl-C for example, says how --resume goes on with it.
+    Ctrl-C for example, says how --resume goes on with it. --dask gives each problem to one of
+    many GPUs of a kind.
 
     --peers sets the grouped GEMMs of PyTorch, triton_kernels and DeepGEMM beside ours, as far
     as they are installed. They know no SwiGLU, bias or routing weights, so that ours leave
@@ -526,10 +557,18 @@ def measure(
         for name in ("apart", "threshold", "markdown"):
             if _was_given(name):
                 raise click.UsageError(f"--{name} is of --ab BASE --ab CANDIDATE; give these too")
-    with _wrong_use() if not sides else _wrong_use_or_nothing_measured():
+        if dask is not None and jobs is not None:
+            raise click.UsageError(
+                "--jobs is of this machine; a cluster compiles with the threads of its workers, "
+                "`dask worker --nthreads`"
+            )
+    guarded = _wrong_use_or_nothing_measured() if sides else _wrong_use()
+    with guarded, contextlib.ExitStack() as opened:
+        devices = None if dask is None else opened.enter_context(bench.devices(dask))
+        here = bench.gpu() if devices is None else devices.gpu
         asked = plan.grid(
             kernels=kernel,
-            targets=bench.gpu().target.name,
+            targets=here.target.name,
             **{_PLURAL.get(name, name): value for name, value in same.items()},
         )
         if sides:
@@ -562,6 +601,7 @@ def measure(
             jobs=jobs,
             peers=names,
             resume=resume,
+            device=devices,
         )
         if export is not None:
             records.export(rows, export)
@@ -587,8 +627,9 @@ def _refuse_beside_ab(sides: Sequence[str], peers: str) -> None:
         )
     if peers:
         raise click.UsageError("--peers takes turns with one grid; leave it out with --ab")
-    if _was_given("resume"):
-        raise click.UsageError("--resume goes on with one grid; leave it out with --ab")
+    for name in ("resume", "dask"):
+        if _was_given(name):
+            raise click.UsageError(f"--{name} is of one grid; leave it out with --ab")
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,10 @@ Asked = Configuration | others.Asked
 
 # Of a roof: products of this size fill every chip.
 _ROOF_SIZE = 8192
+
+
+def _nobody(launches: Iterable[Asked]) -> None:
+    """Be told what is done next."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class How:
     rounds: int = 2
     repetitions: int = 1
     peers: tuple[str, ...] = ()
-    tell: Callable[[Iterable[Asked]], None] = field(default=lambda launches: None, compare=False)
+    tell: Callable[[Iterable[Asked]], None] = _nobody
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,22 @@ def gpu() -> Gpu:
     if name not in targets.TARGETS:
         raise MeasureError(f"{chip.name} is {name}, which is none of {', '.join(targets.TARGETS)}")
     return Gpu(chip.name, targets.get(name))
+
+
+def each_gpu() -> list[dict[str, str]]:
+    """Give, for each GPU that this process may use, the environment that leaves only that one.
+
+    Raises:
+        MeasureError: there is none.
+    """
+    import torch
+
+    if not (count := torch.cuda.device_count()):
+        raise MeasureError("no GPU: torch.cuda.device_count() is 0; see `moelab doctor`")
+    variable = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"
+    given = os.environ.get(variable)
+    names = given.split(",") if given else map(str, range(count))
+    return [{variable: name.strip()} for name in itertools.islice(names, count)]
 
 
 def check(questions: Iterable[Configuration], here: Gpu) -> None:

@@ -271,6 +271,49 @@ def decode(line: bytes) -> dict[str, Any]:
     return row
 
 
+# Of a column, by its type.
+_TYPES: dict[str, Any] = {"string": str, "Int64": int, "boolean": bool, "Float64": (int, float)}
+
+# A map of a few hundred buffers has 50,000.
+_MOST_CHARACTERS = 1 << 20
+
+
+def check_answer(answer: Any) -> None:
+    """Refuse what another machine gave for an answer, a row's second half, and is none.
+
+    Raises:
+        ValueError: a column that no answer has, or a value that the column can't have.
+    """
+    check_row(answer)
+    if key := next((name for name in KEY if name in answer), None):
+        raise ValueError(f"no answer has a column {key!r}")
+
+
+def check_row(answer: Any) -> None:
+    """Refuse what another machine gave for a row, or a part of one, and is none.
+
+    Raises:
+        ValueError: a column that no row has, or a value that the column can't have.
+    """
+    if not isinstance(answer, dict):
+        raise ValueError(f"expected columns and values, not {type(answer).__name__}")
+    if answer.get("status") not in STATUSES or answer.get("schema") != SCHEMA_VERSION:
+        raise ValueError(
+            f"status {answer.get('status')!r} of schema {answer.get('schema')!r}; expected schema "
+            f"{SCHEMA_VERSION} and one of {', '.join(STATUSES)}"
+        )
+    for name, value in answer.items():
+        if name not in COLUMNS:
+            raise ValueError(f"no row has a column {str(name)[:60]!r}")
+        right = isinstance(value, _TYPES[COLUMNS[name]])
+        if isinstance(value, bool) and COLUMNS[name] != "boolean":
+            right = False
+        if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
+            right = False
+        if value is not None and not right:
+            raise ValueError(f"{name} is {str(value)[:60]!r}, which is no {COLUMNS[name]}")
+
+
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """Write NaN as null, which is what JSON has."""
     return {

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import compiler, disk, interrupts, isolation, records, targets, toolchain
+from . import cluster, compiler, disk, interrupts, isolation, records, targets, toolchain
 from .answers import LEAST_MEMORY, TIMEOUT_S, compile_all, cores
 from .launches import LaunchError
 from .specs import Configuration, KernelLaunch, Question
@@ -52,6 +52,7 @@ def run(
     timeout_s: float = TIMEOUT_S,
     memory: int | None = None,
     triton: str | None = None,
+    dask: str | None = None,
 ) -> pd.DataFrame:
     """Answer every question from the store or the compiler.
 
@@ -59,18 +60,21 @@ def run(
         store: folder of journals; made if missing.
         full: compile to machine code too, for registers, spills and occupancy.
         maps: tell what takes the LDS, too, which takes a tenth more time; ``full`` does.
-        jobs: processes; None takes every core.
+        jobs: processes of this machine; None takes every core.
         progress: show on stderr how many questions are left.
         timeout_s: after this a compile is ended and its row says so.
-        memory: bytes that a compile may take; None is half of this machine's.
+        memory: bytes that a compile may take; None is half of the machine's.
         triton: which one answers, as `toolchain.find` names it; None is this process's.
+        dask: the cluster that compiles, as `cluster.connected` takes it; None is this machine.
     Returns:
         one row per question, in their order: `records.COLUMNS`.
     Raises:
-        ValueError: fewer than one job, too little memory, or a launch that does not describe
-            its kernel.
+        ValueError: fewer than one job, too little memory, jobs or another Triton beside a
+            cluster, or a launch that does not describe its kernel.
         OSError: the store can't be written to; `disk.DiskFullError` where it is full.
         ToolchainError: no such Triton, or it does not start.
+        ClusterError: the cluster can't answer; `cluster.ClusterLostError` where it is lost
+            meanwhile. The rows that were finished are in the store.
         Interrupted: Ctrl-C; the rows that were finished are in the store.
     """
     if jobs is not None and jobs < 1:
@@ -85,12 +89,31 @@ def run(
         "progress": progress,
         "timeout_s": timeout_s,
         "memory": memory,
+        "dask": dask,
     }
     store = Path(store)
     chosen = toolchain.find(triton)
+    if dask is not None:
+        _check_cluster(dask, jobs, chosen)
     if chosen.is_here:
         return records.frame(_answered(questions, store, **options))
     return records.frame(_answered_by(chosen, questions, store, options))
+
+
+def _check_cluster(dask: str, jobs: int | None, chosen: toolchain.Toolchain) -> None:
+    """Refuse what a cluster has no use for."""
+    cluster.check(dask)
+    if jobs is not None and dask != "local":
+        raise ValueError(
+            f"jobs = {jobs} beside the cluster {dask}: leave it out; a cluster does as much at "
+            "once as its workers have threads, `dask worker --nthreads`"
+        )
+    if not chosen.is_here:
+        raise ValueError(
+            f"triton = {chosen.name} beside the cluster {dask}: workers answer with the Triton "
+            "that they were started with; start them, and this, in an environment that has "
+            f"{chosen.name}"
+        )
 
 
 def each(
@@ -205,8 +228,9 @@ def _answered(
     progress: bool,
     timeout_s: float,
     memory: int | None,
+    dask: str | None,
 ) -> list[dict[str, Any]]:
-    """Answer with this process's Triton."""
+    """Answer with this process's Triton, or with that of a cluster's workers."""
     questions = [settled(question) for question in questions]
     known = {
         records.key(row): row
@@ -228,7 +252,11 @@ def _answered(
         to_compile = {
             key: questions[indices[0]] for key, indices in missing.items() if key not in stored
         }
-        compiled = compile_all(to_compile, mode, jobs or cores(), timeout_s, memory=memory)
+        jobs = jobs or cores()
+        if dask is None:
+            compiled = compile_all(to_compile, mode, jobs, timeout_s, memory=memory)
+        else:
+            compiled = cluster.compile_all(to_compile, mode, dask, jobs, timeout_s, memory)
         # What is known at once is written at once: each `append` waits for the disk.
         at_once = {key: stored[key] for key in missing if key in stored}
         answers = itertools.chain([at_once], ({key: answer} for key, answer in compiled))
@@ -250,6 +278,11 @@ def _answered(
             raise Interrupted(
                 f"interrupted; {len(asked) - left} of {len(asked)} rows are in {store}, and the "
                 f"same command asks only for the other {left}"
+            ) from None
+        except cluster.ClusterError as error:
+            raise type(error)(
+                f"{error}\n{len(asked) - left} of {len(asked)} rows are in {store}; with a "
+                f"cluster that works the same command asks only for the other {left}"
             ) from None
     return [known[records.key(row)] for row in asked]
 

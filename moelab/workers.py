@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +39,9 @@ _CODE = "import sys; from moelab import workers; workers.serve(sys.argv[1])"
 
 # Of one step on the GPU. Drawing the largest layer here and its reference take seconds.
 TIMEOUT_S = 180
+
+# How soon it is seen that nobody waits for a worker.
+_ABANDONED_S = 0.5
 
 # Of a worker whose GPU takes no launch any more: another process may do better.
 CONTEXT_LOST = os.EX_TEMPFAIL
@@ -91,11 +96,13 @@ class Worker:
     Args:
         build: a settled one.
         cache: folder of its Triton cache, which a worker in its place goes on with.
+        abandoned: asked now and then whether nobody waits for its answers any more.
 
     It starts meanwhile; whether it did tells the first answer.
     """
 
-    def __init__(self, build: Build, cache: Path):
+    def __init__(self, build: Build, cache: Path, abandoned: Callable[[], bool] = lambda: False):
+        self._abandoned = abandoned
         self._open = contextlib.ExitStack()
         try:
             chosen = toolchain.find(build.triton)
@@ -159,8 +166,9 @@ class Worker:
         """Wait for the next line of the worker."""
         assert self._process.stdout is not None
         while b"\n" not in self._heard:
-            if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            if not self._spoke(timeout_s):
                 self._process.kill()
+                assert timeout_s is not None
                 reason = f"no answer after {timeout_s:g} s; its process was ended"
                 raise WorkerLost(suspects, {"status": "launch_error", "reason": reason})
             if not (more := os.read(self._process.stdout.fileno(), 1 << 16)):
@@ -170,6 +178,18 @@ class Worker:
             self._heard += more
         line, _, self._heard = self._heard.partition(b"\n")
         return json.loads(line)
+
+    def _spoke(self, timeout_s: float | None) -> bool:
+        """Wait until the worker says something; tells whether it did in time."""
+        assert self._process.stdout is not None
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not select.select([self._process.stdout], [], [], _ABANDONED_S)[0]:
+            if self._abandoned():
+                self._process.kill()
+                raise MeasureError("nobody waits for it any more")
+            if time.monotonic() > end:
+                return False
+        return True
 
     def close(self) -> None:
         """End the worker, whatever it does."""

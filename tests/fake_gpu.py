@@ -2,6 +2,7 @@
 
 `install` is called in the worker's process, which reads from ``$FAKE_GPU`` how the GPU is:
 
+    name            of the GPU
     limit           the most stages that fit
     slower          [[column, value], factor], ...: launches with that take longer
     noise           of a turn, the deviation of its logarithm
@@ -18,9 +19,9 @@ import os
 import random
 import time
 
-from moelab import launcher, sensors, sweep, targets, timing
+from moelab import launcher, sensors, sweep, targets, timing, workers
 
-_GIVEN = {"limit": 3, "slower": [], "noise": 0.003, "log": os.devnull}
+_GIVEN = {"name": "a GPU", "limit": 3, "slower": [], "noise": 0.003, "log": os.devnull}
 _turns = itertools.count()
 
 
@@ -107,12 +108,18 @@ def _ask(configurations, *_, **__):
 
 
 def install():
-    launcher.gpu = lambda: launcher.Gpu("a GPU", targets.get("sm_90"))
+    launcher.gpu = lambda: launcher.Gpu(told()["name"], targets.get("sm_90"))
     launcher.measured_roofs = lambda rounds: launcher.Roofs({"fp8": 1000.0, "bf16": 500.0}, 3.0)
     sweep.compiled = _compiled
     launcher.checked = _checked
     sweep.run = _ask
     timing.Turns = Turns
+
+
+def install_in_workers():
+    """Let the workers that this process starts find a GPU, and compile nothing itself."""
+    workers._CODE = "import sys, fake_gpu; fake_gpu.install(); " + workers._CODE
+    sweep.compiled = _compiled
 
 
 def chatter():

@@ -20,7 +20,7 @@ from pebble.pool.process import NoMessage, WorkerManager
 from moelab import answers, plan, records, sweep, targets
 
 # Stage counts of what goes wrong; any other is answered with as many bytes of LDS.
-ABORT, SEGFAULT, EXIT, HANG, HANGING_HELPER, HOG, STUMBLE = range(-7, 0)
+KILLER, ABORT, SEGFAULT, EXIT, HANG, HANGING_HELPER, HOG, STUMBLE = range(-8, 0)
 
 # From here on each ends its worker, so that another one is always just starting.
 EXITS = 10_000
@@ -28,11 +28,18 @@ EXITS = 10_000
 # In the environment of a sweep's process, of its workers and of theirs.
 MARK = "MOELAB_TESTS_SWEEP"
 
+# In the environment of those whose runs are counted: a folder, with a file for each.
+RUNS = "MOELAB_TESTS_RUNS"
+
 
 def answer(question, mode, log, cache=None):
     """Stand in for the compile in a worker."""
     wrong = question.num_stages
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if folder := os.environ.get(RUNS):
+        Path(folder, f"{wrong}:{os.getppid()}:{time.monotonic_ns()}").touch()
+    if wrong == KILLER:
+        os.kill(os.getppid(), signal.SIGKILL)
     if wrong == ABORT:
         log.write_text("LLVM ERROR: cannot select\n")
         os.abort()

@@ -5,17 +5,20 @@ import errno
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_gpu
 import pandas as pd
 import pytest
+from clusters import Cluster
 from pandas.testing import assert_frame_equal
 
 from moelab import (
     advice,
     bench,
+    cluster,
     compiler,
     launcher,
     measurements,
@@ -30,6 +33,10 @@ from moelab.bench import MeasureError
 from moelab.launcher import Roofs
 from moelab.peers import Asked, plain
 from moelab.timing import ContextLost
+
+needs_dask = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="needs dask.distributed"
+)
 
 
 def here():
@@ -181,7 +188,7 @@ class Machine:
 class Here:
     """A worker that is this process."""
 
-    def __init__(self, build, cache):
+    def __init__(self, build, cache, abandoned):
         self._open = contextlib.ExitStack()
         self._open.enter_context(compiler.cache_at(cache))
         self._served = workers._Served(cache, lambda keys: None)
@@ -459,6 +466,86 @@ def test_only_the_same_run_is_gone_on_with(tmp_path, device, given, words):
     run = measured_by_workers(tmp_path)["run"].iloc[0]
     with pytest.raises(ValueError, match=words):
         measured_by_workers(tmp_path, **{"resume": run} | given)
+
+
+# Several GPUs.
+
+GPU = ("--resources", "GPU=1")
+PRETEND = "import fake_gpu; fake_gpu.install_in_workers()"
+
+
+@contextlib.contextmanager
+def gpus(tmp_path, *of):
+    """A cluster with a worker for each GPU that is told; the environment of all is given, too."""
+    (tmp_path / "cluster").mkdir()
+    log = str(tmp_path / "turns")
+    with Cluster(tmp_path / "cluster", 0) as cluster_:
+        for how in of:
+            told = json.dumps({"log": log} | how)
+            cluster_.start_worker(*GPU, preload=PRETEND, FAKE_GPU=told)
+        yield cluster_
+
+
+def asked_of_cluster(tmp_path, address, **how):
+    asked = grid(targets="sm_90", tiles="16x64x128", stages="1,2,3", m="512,1536,2560,3584")
+    how = {"rounds": 2, "repetitions": 3, "progress": False} | how
+    with bench.devices(address) as device:
+        return bench.measure(asked, tmp_path / "rows", device=device, **how)
+
+
+@needs_dask
+def test_each_problem_is_measured_by_one_of_many_gpus(tmp_path):
+    with gpus(tmp_path, {}, {}) as of:
+        # It has none, and is not asked.
+        of.start_worker()
+        rows = asked_of_cluster(tmp_path, of.address)
+    assert set(rows["status"]) == {"ok"}
+    assert rows[["run", "gpu"]].drop_duplicates().shape == (1, 2)
+    assert rows["time_us"].notna().all() and rows["roof_tflops"].notna().all()
+    assert [*zip(rows["m"], rows["num_stages"], strict=True)] == [
+        (m, stages) for m in (512, 1536, 2560, 3584) for stages in (1, 2, 3)
+    ]
+    kept = records.read(tmp_path / "rows").sort_values(["m", "num_stages"], ignore_index=True)
+    assert_frame_equal(kept, rows)
+    turns = [json.loads(line) for line in (tmp_path / "turns").read_text().splitlines()]
+    process_of = {(process, m) for process, _, m in turns}
+    assert len(process_of) == 4
+    assert len({process for process, _ in process_of}) == 2
+
+
+@needs_dask
+@pytest.mark.slow
+def test_a_launch_that_loses_a_gpu_of_a_cluster_costs_its_own_row(tmp_path):
+    with gpus(tmp_path, {"crashes": CULPRIT}) as of:
+        rows = asked_of_cluster(tmp_path, of.address).set_index(["m", "num_stages"])
+    assert rows.loc[(512, 2), "reason"].startswith("its process died: SIGABRT; stderr has its")
+    assert set(rows.drop(index=(512, 2))["status"]) == {"ok"}
+
+
+@needs_dask
+def test_gpus_of_two_kinds_are_refused(tmp_path):
+    with (
+        gpus(tmp_path, {}, {"name": "another"}) as of,
+        pytest.raises(MeasureError, match=r"not of one kind.*tcp://\S+: (a GPU|another); tcp://"),
+    ):
+        of.wait_for_workers(2)
+        asked_of_cluster(tmp_path, of.address)
+
+
+@needs_dask
+def test_a_run_goes_on_after_its_scheduler_was_lost(tmp_path):
+    with gpus(tmp_path, {}) as of, pytest.MonkeyPatch.context() as patch:
+        append = records.Journal.append
+        patch.setattr(records.Journal, "append", lambda *rows: append(*rows) or of.scheduler.kill())
+        with pytest.raises(cluster.ClusterLostError, match="--resume") as lost:
+            asked_of_cluster(tmp_path, of.address)
+    (run,) = re.findall(r"--resume (\S+) goes on", str(lost.value))
+    kept = records.read(tmp_path / "rows")
+    shutil.rmtree(tmp_path / "cluster")
+    with gpus(tmp_path, {}) as of:
+        rows = asked_of_cluster(tmp_path, of.address, resume=run)
+    assert set(rows["status"]) == {"ok"} and 3 <= len(kept) < len(rows) == 12
+    assert len(list(records.lines(tmp_path / "rows"))) == 12
 
 
 # On a GPU.
