@@ -11,6 +11,7 @@ are passed over. Kernels that ``torch.compile`` would generate are not made: it 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,7 +132,8 @@ def run(
         raise ValueError(f"async copy on: {target} has no such switch; leave it at default")
     with scratch.folder() as folder:
         began = time.monotonic()
-        exit_code = _run(command, target, folder)
+        with _guarded(folder):
+            exit_code = _run(command, target, folder)
         ran = time.monotonic()
         events = list(_events(folder))
         files = sorted(folder.glob("*.launch"))
@@ -139,6 +141,42 @@ def run(
     answers = _answers(kept, async_copy, jobs, timeout_s, progress)
     rows = [*_launches(events, kept, answers), *_untold(events, target)]
     return Capture(rows, exit_code, ran - began, time.monotonic() - ran)
+
+
+# Ends every process that has a folder in its environment, unless it is told that all is well.
+_GUARD = """
+import glob, os, signal, sys, time
+left = not sys.stdin.read()
+while left:
+    left = False
+    for path in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            with open(path, "rb") as environment:
+                if os.fsencode(sys.argv[1]) in environment.read():
+                    os.kill(int(path.split("/")[2]), signal.SIGKILL)
+                    left = True
+        except OSError:
+            pass
+    time.sleep(0.01)
+"""
+
+
+@contextlib.contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """Let nothing of a command outlive this process where that is killed.
+
+    A command starts what it likes, `make` or a shell in between. All of that has the folder in
+    its environment, and a process of our own hears by the end of a pipe that this one ended.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD, str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    ) as guard:
+        try:
+            yield
+        finally:
+            guard.communicate(b"all is well")
 
 
 _BOOTSTRAP = """

@@ -993,7 +993,8 @@ def capture(
     those that fit are rows of --json and --export alone.
 
     Ends with 0 where every launch fits, 1 where one doesn't or doesn't compile, 2 after
-    wrong use, 3 where nothing was launched or a signal ended the command early.
+    wrong use, 3 where nothing was launched or a signal ended the command early, 4 where the
+    disk is full.
 
     \b
     Example:
@@ -1169,7 +1170,7 @@ def compare(
     both sides took turns in one run; another run's times are listed, and prove nothing.
 
     Ends with 0 where nothing regressed, 1 where something did, 2 after wrong use or where a row
-    is damaged, 3 where nothing regressed but something is inconclusive.
+    is damaged, 3 where nothing regressed but something is inconclusive, 4 where the disk is full.
 
     \b
     Example:

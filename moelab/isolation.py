@@ -85,6 +85,12 @@ class _Manager(PoolManager):
         self.worker_manager.__class__ = _Starter
         self._dead: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
 
+    def stop(self) -> None:
+        # Pebble closes the channels first: a worker that is just starting misses their locks,
+        # and says so with a traceback.
+        self.worker_manager.force_stop_workers()
+        self.worker_manager.close_channels()
+
     def handle_worker_expiration(self, expiration: tuple[Any, ...]) -> None:
         self._dead.put(expiration)
 

@@ -22,6 +22,9 @@ from moelab import answers, plan, records, sweep, targets
 # Stage counts of what goes wrong; any other is answered with as many bytes of LDS.
 KILLER, ABORT, SEGFAULT, EXIT, HANG, HANGING_HELPER, HOG, STUMBLE = range(-8, 0)
 
+# From here on each ends its worker, so that another one is always just starting.
+EXITS = 10_000
+
 # In the environment of a sweep's process, of its workers and of theirs.
 MARK = "MOELAB_TESTS_SWEEP"
 
@@ -42,7 +45,7 @@ def answer(question, mode, log, cache=None):
         os.abort()
     if wrong == SEGFAULT:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if wrong == EXIT:
+    if wrong == EXIT or wrong >= EXITS:
         os._exit(7)
     if wrong == HANG:
         time.sleep(600)
@@ -99,7 +102,7 @@ class Sweep:
     """A sweep in another process.
 
     Args:
-        options: of `sweep.run`, and of `main`.
+        options: of `sweep.run`, and of `main`; ``own_group`` to be interrupted as by a terminal.
     """
 
     def __init__(self, store, stages, **options):
@@ -110,12 +113,14 @@ class Sweep:
         }
         if "sleep_s" in options:
             environment["MOELAB_TESTS_SLEEP"] = str(options.pop("sleep_s"))
+        own_group = options.pop("own_group", False)
         request = json.dumps([str(store), list(stages), {"jobs": 1} | options])
         self.process = subprocess.Popen(
             [sys.executable, "-c", "import faults; faults.main()", request],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=own_group,
         )
         self._told = b""
 

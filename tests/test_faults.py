@@ -19,10 +19,11 @@ from faults import ABORT, EXIT, HANG, HANGING_HELPER, HOG, SEGFAULT, STUMBLE, Sw
 from pandas.testing import assert_frame_equal
 from test_records import ROW
 
-from moelab import compiler, disk, plan, records, sweep
+from moelab import compiler, disk, plan, records, regress, sweep
 from moelab.answers import answer, compile_all
 
-SWEEP = [sys.executable, "-c", "from moelab.cli import app; app()", "sweep"]
+MOELAB = [sys.executable, "-c", "from moelab.cli import app; app()"]
+SWEEP = [*MOELAB, "sweep"]
 
 short_and_long = pytest.mark.parametrize(
     "times", [8, pytest.param(100, marks=pytest.mark.slow)], ids="{} times".format
@@ -145,6 +146,47 @@ def test_a_compile_that_needs_too_much_is_told_from_one_that_is_rejected(target)
     assert answers["hog"]["reason"].startswith(f"needs more than {memory:,} bytes: ")
 
 
+MATMUL = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def matmul(a, b, c, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    a += offs_m[:, None] * k + offs_k[None, :]
+    b += offs_k[:, None] * n + offs_n[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, k, BK):
+        acc += tl.dot(tl.load(a), tl.load(b))
+        a += BK
+        b += BK * n
+    tl.store(c + offs_m[:, None] * n + offs_n[None, :], acc)
+
+
+if __name__ == "__main__":
+    import torch
+
+    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    matmul[(1,)](x, x, torch.empty(256, 256, device="cuda"), 256, 256, 64, 64, 64, num_stages=3)
+"""
+
+MATMUL_LAUNCH = {
+    "args": dict.fromkeys("ab", "*bf16:16")
+    | {"c": "*fp32:16", "n": "i32:16", "k": "i32:16", "BM": 64, "BN": 64, "BK": 64},
+    "options": {"num_stages": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """A folder with somebody's kernel and how it is launched."""
+    place = tmp_path_factory.mktemp("kernel")
+    (place / "matmul.py").write_text(MATMUL)
+    (place / "launch.json").write_text(json.dumps(MATMUL_LAUNCH))
+    return place
+
+
 # A driver that is killed.
 
 
@@ -188,6 +230,26 @@ def test_a_kill_loses_no_acknowledged_row_doubles_none_and_leaves_no_orphan(tmp_
     assert told > times / 2
 
 
+def test_what_a_killed_sweep_left_in_the_temporary_folder_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    store = tmp_path / "rows"
+    runs = Sweep(store, [1, HANG]), Sweep(tmp_path / "others", [1, HANG])
+    for run in runs:
+        run.wait_for_a_row()
+    of_both = set(tmp_path.glob("moelab-*"))
+    runs[0].process.kill()
+    runs[0].end()
+    assert set(tmp_path.glob("moelab-*")) == of_both and len(of_both) == 2
+    assert Sweep(store, [2]).end()[0] == 0
+    left = set(tmp_path.glob("moelab-*"))
+    assert len(left) == 1 and left < of_both
+    # Its own is in use.
+    assert runs[1].process.poll() is None
+    runs[1].process.send_signal(signal.SIGTERM)
+    runs[1].end()
+    assert not set(tmp_path.glob("moelab-*"))
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_of_the_real_compiler_goes_on_where_it_was(tmp_path):
     given = ["--kernel", "moe_gemm_a8w8", "--target", "gfx950", "--tile", "16x64x64,32x64x64"]
@@ -213,11 +275,71 @@ def test_a_killed_sweep_of_the_real_compiler_goes_on_where_it_was(tmp_path):
     assert len(list(records.lines(store))) == 16
 
 
+HANGING = """
+import os, subprocess, sys, torch
+os.write(2, b"started\n")
+subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [5])
+def test_a_killed_capture_leaves_nothing_of_the_command_behind_it(tmp_path, times):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    command = f"{sys.executable} hanging.py & {sys.executable} hanging.py; true"
+    for _ in range(times):
+        process = subprocess.Popen(
+            [*MOELAB, "capture", "--target", "gfx950", "--", "sh", "-c", command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | {faults.MARK: str(tmp_path)},
+            cwd=tmp_path,
+        )
+        for _ in range(2):
+            assert process.stderr.readline() == b"started\n"
+        process.kill()
+        process.communicate(timeout=10)
+        assert faults.outlived(tmp_path) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [10])
+def test_a_killed_sweep_of_another_triton_leaves_no_orphan(tmp_path, times):
+    """From before it has read what is asked until it compiles."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    given = ["--kernel", "all", "--target", "gfx950", "--stages", "1,2,3,4", "--jobs", "2"]
+    for run in range(times):
+        process = subprocess.Popen(
+            [*SWEEP, *given, "--triton", python, "--store", tmp_path / str(run)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {faults.MARK: str(tmp_path)},
+        )
+        while len(faults.alive(tmp_path)) < 2:
+            time.sleep(0.002)
+        time.sleep(0.7 * run)
+        process.kill()
+        process.wait()
+        assert faults.outlived(tmp_path) == {}
+
+
 # Two at once.
 
 
-def test_two_sweeps_into_one_store_at_once_lose_nothing(tmp_path):
+def test_two_sweeps_into_one_store_lose_nothing_while_it_is_read_and_exported(tmp_path):
     both = [Sweep(tmp_path, of, jobs=2, sleep_s=0.002) for of in (range(1, 100), range(50, 150))]
+    for of in both:
+        of.wait_for_a_row()
+    # A row that is just being written is another's to finish: it is no damage to warn of.
+    seen = 0
+    while any(of.process.poll() is None for of in both):
+        rows = records.read(records.export(records.read(tmp_path), tmp_path / "rows.parquet"))
+        assert seen <= len(rows) and (rows["lds_bytes"] == rows["num_stages"]).all()
+        assert len(regress.compare(rows, rows).cells) == len(rows)
+        seen = len(rows)
+    assert seen > 1
     told = [of.end() for of in both]
     assert [code for code, _, _ in told] == [0, 0]
     assert sorted(told[0][2] + told[1][2]) == kept(tmp_path)
@@ -257,6 +379,91 @@ def test_a_full_disk_has_its_own_exit_code_and_loses_nothing(tmp_path, mounted):
     assert code == 0, err
     assert kept(store) == list(stages)
     assert set(told).isdisjoint(more)
+
+
+NOTEBOOK = {
+    "cells": [
+        {
+            "cell_type": "code",
+            "id": "a",
+            "metadata": {"tags": ["parameters"]},
+            "source": "n: int = 1  # to print",
+            "outputs": [],
+            "execution_count": None,
+        },
+        {
+            "cell_type": "code",
+            "id": "b",
+            "metadata": {},
+            "source": "print('n' * 100 * n)",
+            "outputs": [],
+            "execution_count": None,
+        },
+    ],
+    "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+    "nbformat": 4,
+    "nbformat_minor": 5,
+}
+
+WRITING = ("sweep --export", "capture --export", "export", "report")
+WRITING += ("compare --markdown", "compare --html")
+
+
+def writing(command, place, beside):
+    """Spell a command of `WRITING` that writes to a place."""
+    rows = f"--rows {beside}/rows"
+    grid = (
+        "--kernel moe_gemm_a8w8 --model Qwen3-235B-A22B --target gfx950 --tile 16x64x64 --warps 4 "
+        f"--m 512 --layer all --stages 1,2 --async-copy on --jobs 1 --store {beside}/rows"
+    )
+    both = f"{beside}/rows {beside}/rows"
+    return {
+        "sweep --export": f"sweep {grid} --export {place}/rows.parquet",
+        "capture --export": f"capture --target gfx950 --export {place}/launches.parquet -- "
+        f"{sys.executable} {beside}/matmul.py",
+        "export": f"export --format vllm --target gfx950 {rows} --out {place} --force",
+        "report": f"report {beside}/report.ipynb --out {place}",
+        "compare --markdown": f"compare {both} --markdown {place}/summary.md",
+        "compare --html": f"compare {both} --html {place}/report.html",
+    }[command].split()
+
+
+def run_writing(command, place, beside):
+    ended = subprocess.run([*MOELAB, *writing(command, place, beside)], capture_output=True)
+    return ended.returncode, ended.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", WRITING)
+def test_a_full_disk_ends_whatever_writes_with_4_and_leaves_its_files_whole(
+    command, kernel, tmp_path, mounted
+):
+    (kernel / "report.ipynb").write_text(json.dumps(NOTEBOOK))
+    mounted("size=64m")
+    if not (kernel / "rows").exists():
+        assert run_writing("sweep --export", tmp_path, kernel)[0] == 0
+        (tmp_path / "rows.parquet").unlink()
+    code, err = run_writing(command, tmp_path, kernel)
+    assert code == 0, err
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files
+    with open(tmp_path / "filler", "wb", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(bytes(4096))
+    code, err = run_writing(command, tmp_path, kernel)
+    assert (code, "Traceback" in err) == (4, False), err
+    assert "No space left on device" in err
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "filler"}
+    for name, content in files.items():
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "filler").unlink()
+    assert run_writing(command, tmp_path, kernel)[0] == 0
+
+
+def test_a_full_disk_below_stdout_is_told_too():
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([*MOELAB, "targets"], stdout=full, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (4, b"Error: [Errno 28] No space left on device\n")
 
 
 def test_a_limit_of_file_sizes_ends_a_sweep_as_a_full_disk_does(tmp_path):
@@ -388,47 +595,6 @@ def test_of_300_flipped_bits_in_an_export_none_changes_a_row_silently(export):
 
 
 # The compiler's cache.
-
-
-MATMUL = """
-import triton
-import triton.language as tl
-
-
-@triton.jit
-def matmul(a, b, c, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    offs_m, offs_n, offs_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    a += offs_m[:, None] * k + offs_k[None, :]
-    b += offs_k[:, None] * n + offs_n[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for _ in range(0, k, BK):
-        acc += tl.dot(tl.load(a), tl.load(b))
-        a += BK
-        b += BK * n
-    tl.store(c + offs_m[:, None] * n + offs_n[None, :], acc)
-
-
-if __name__ == "__main__":
-    import torch
-
-    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
-    matmul[(1,)](x, x, torch.empty(256, 256, device="cuda"), 256, 256, 64, 64, 64, num_stages=3)
-"""
-
-MATMUL_LAUNCH = {
-    "args": dict.fromkeys("ab", "*bf16:16")
-    | {"c": "*fp32:16", "n": "i32:16", "k": "i32:16", "BM": 64, "BN": 64, "BK": 64},
-    "options": {"num_stages": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    """A folder with somebody's kernel and how it is launched."""
-    place = tmp_path_factory.mktemp("kernel")
-    (place / "matmul.py").write_text(MATMUL)
-    (place / "launch.json").write_text(json.dumps(MATMUL_LAUNCH))
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -594,28 +760,49 @@ def test_no_cache_of_the_users_changes_what_any_way_in_tells(
 # Ctrl-C and clocks.
 
 
-def test_ctrl_c_ends_within_two_seconds_and_says_how_to_go_on(tmp_path):
-    process = Sweep(tmp_path, [*range(1, 100), HANG, HANG - 100], jobs=2, sleep_s=0.02)
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_within_two_seconds_and_say_how_to_go_on(
+    tmp_path, monkeypatch, sent, code
+):
+    store, temporary = tmp_path / "rows", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    process = Sweep(store, [*range(1, 100), HANG, HANG - 100], jobs=2, sleep_s=0.02)
     process.wait_for_a_row()
     began = time.monotonic()
-    process.process.send_signal(signal.SIGINT)
-    code, err, told = process.end()
+    process.process.send_signal(sent)
+    ended, err, told = process.end()
     assert time.monotonic() - began < 2
-    assert code == 130
+    assert ended == code
     said = re.fullmatch(
-        rf"interrupted; (\d+) of 101 rows are in {tmp_path}, and the same command asks only for "
-        r"the other (\d+)",
-        # A worker that was just starting may say before that it was stopped.
-        err.strip().splitlines()[-1],
+        rf"\ninterrupted; (\d+) of 101 rows are in {store}, and the same command asks only for "
+        r"the other (\d+)\n",
+        err,
     )
     assert said, err
     done, left = map(int, said.groups())
     # It may come when a row is on the disk and not yet counted.
-    assert len(kept(tmp_path)) - done in (0, 1) and done + left == 101
-    assert set(told) <= set(kept(tmp_path))
-    assert faults.outlived(tmp_path) == {}
-    Sweep(tmp_path, range(1, 100)).end()
-    assert kept(tmp_path) == list(range(1, 100))
+    assert len(kept(store)) - done in (0, 1) and done + left == 101
+    assert set(told) <= set(kept(store))
+    assert faults.outlived(store) == {}
+    assert list(temporary.iterdir()) == []
+    Sweep(store, range(1, 100)).end()
+    assert kept(store) == list(range(1, 100))
+
+
+@short_and_long
+def test_ctrl_c_in_a_terminal_is_quiet_though_it_meets_workers_that_are_just_starting(
+    tmp_path, times
+):
+    draw = random.Random(times)
+    for interrupt in range(times):
+        stages = range(faults.EXITS, faults.EXITS + 400)
+        process = Sweep(tmp_path / str(interrupt), stages, jobs=2, own_group=True)
+        process.wait_for_a_row()
+        time.sleep(draw.uniform(0, 0.3))
+        os.killpg(process.process.pid, signal.SIGINT)
+        code, err, _ = process.end()
+        assert (code, err.strip().count("\n")) == (130, 0), err
 
 
 @pytest.mark.slow
