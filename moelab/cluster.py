@@ -277,9 +277,7 @@ class ClusterCompilers:
 
     def __init__(self, client: distributed.Client, how: How):
         self._client, self._how = client, how
-        self._names = map(
-            f"{_OURS}{{}}-{{}}".format, itertools.repeat(client.id), itertools.count()
-        )
+        self._names = (f"{_OURS}{client.id}-{number}" for number in itertools.count())
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open: set[Future[dict[str, Any]]] = set()
         self._waiting: list[_Asked] = []
@@ -571,7 +569,7 @@ def _answered(question: bytes, how: bytes) -> dict[str, Any]:
 
 
 def _let_fetch(worker: Any) -> None:
-    """Begin nothing while a result lies here: with the worker both would be lost, and done again."""
+    """Begin nothing while a result lies here: both would be lost with the worker."""
     end = time.monotonic() + _FETCHED_S
     while time.monotonic() < end:
         # It changes meanwhile.

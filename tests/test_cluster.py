@@ -122,9 +122,9 @@ def test_a_lost_scheduler_has_its_own_exit_code_and_the_same_command_goes_on(two
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_who_asks_may_be_interrupted_or_killed_and_leaves_no_task(two, tmp_path, how):
-    process = Sweep(tmp_path, [1, HANG, HANG - 100, 2, 3, 4], dask=two.address, jobs=None)
-    # Both workers hang.
-    wait_until(lambda: {of for of, _ in two.runs()[-2:]} <= {HANG, HANG - 100})
+    begun = [of for of, _ in two.runs()].count(HANG)
+    process = Sweep(tmp_path, [1, HANG, 2, 3, 4], dask=two.address, jobs=None)
+    wait_until(lambda: [of for of, _ in two.runs()].count(HANG) > begun)
     began = time.monotonic()
     process.process.send_signal(how)
     code, err, _ = process.end()
@@ -132,7 +132,7 @@ def test_who_asks_may_be_interrupted_or_killed_and_leaves_no_task(two, tmp_path,
     assert faults.outlived(tmp_path) == {}
     if how == signal.SIGINT:
         assert code == 130
-        assert re.search(r"interrupted; \d of 6 rows .* asks only for the other \d", err), err
+        assert re.search(r"interrupted; \d of 5 rows .* asks only for the other \d", err), err
     began = time.monotonic()
     run([5, 6], tmp_path, two.address)
     assert time.monotonic() - began < 5
@@ -162,7 +162,7 @@ def test_a_worker_of_another_moelab_is_left_out_if_it_comes_later_and_refused_if
         )
         assert said.count("Nothing more is asked of this worker") == 1
         with pytest.raises(
-            cluster.ClusterError, match="moelab is 0 there, 0.1.0, sources"
+            cluster.ClusterError, match=r"moelab is 0 there, 0\.1\.0, sources"
         ) as error:
             run([1, 100], store, of.address)
         assert str(error.value).startswith("nothing was asked")
@@ -173,9 +173,9 @@ def test_a_worker_of_another_moelab_is_left_out_if_it_comes_later_and_refused_if
 def test_a_file_with_kernels_must_be_the_same_everywhere(two, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("x = 1")
-    with pytest.raises(cluster.ClusterError, match=r"mine.py is missing there, \w{12} here"):
-        with cluster.connected(two.address, files=["mine.py"]):
-            pass
+    missing = pytest.raises(cluster.ClusterError, match=r"mine.py is missing there, \w{12} here")
+    with missing, cluster.connected(two.address, files=["mine.py"]):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_what_is_no_address_is_wrong_use(tmp_path, address):
 
 
 def test_a_cluster_decides_how_much_is_done_at_once_and_with_which_triton(tmp_path):
-    with pytest.raises(ValueError, match="jobs = 2 beside the cluster tcp://127.0.0.1:1: leave it"):
+    with pytest.raises(ValueError, match=r"jobs = 2 beside the cluster \S+: leave it"):
         run([1], tmp_path, "tcp://127.0.0.1:1", jobs=2)
     with pytest.raises(ValueError, match="workers answer with the Triton that they were started"):
         run([1], tmp_path, "tcp://127.0.0.1:1", triton=sys.executable)
@@ -217,7 +217,7 @@ def test_a_cluster_decides_how_much_is_done_at_once_and_with_which_triton(tmp_pa
 
 def test_an_address_where_nobody_listens_is_told_within_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
-    with pytest.raises(cluster.ClusterError, match="no scheduler at tcp://127.0.0.1:1 "):
+    with pytest.raises(cluster.ClusterError, match=r"no scheduler at \S+:1 "):
         run([1], tmp_path, "tcp://127.0.0.1:1")
 
 
