@@ -115,8 +115,8 @@ class Compilers(Protocol):
 
 def spread(
     questions: Mapping[str, Question | CapturedLaunch], compilers: Compilers
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """Yield each key's answer as it comes, asking only so many ahead."""
+) -> Generator[dict[str, dict[str, Any]], None, None]:
+    """Yield answers by key as they come, those together that there are, asking so many ahead."""
     left = iter(questions.items())
     asked: dict[Future[Any], tuple[str, Question | CapturedLaunch]] = {}
     finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
@@ -127,9 +127,16 @@ def spread(
             future.add_done_callback(finished.put)
         if not asked:
             return
-        done = finished.get()
-        key, question = asked.pop(done)
-        yield key, compilers.answer(done, question)
+        found = {}
+        try:
+            for _ in range(max(finished.qsize(), 1)):
+                done = finished.get()
+                key, question = asked.pop(done)
+                found[key] = compilers.answer(done, question)
+        finally:
+            # What was answered comes before the error of one that can't be.
+            if found:
+                yield found
 
 
 def compile_all(
@@ -139,8 +146,8 @@ def compile_all(
     timeout_s: float,
     cache: Path | None = None,
     memory: int | None = None,
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """Yield each key's answer as it comes; a failure is an answer too.
+) -> Generator[dict[str, dict[str, Any]], None, None]:
+    """Yield answers by key as they come; a failure is an answer too.
 
     Args:
         mode: one of `records.MODES`.

@@ -231,10 +231,9 @@ def _answered(
             compiled = compile_all(to_compile, mode, jobs, timeout_s, memory=memory)
         else:
             compiled = cluster.compile_all(to_compile, mode, dask, jobs, timeout_s, memory)
-        # What is known at once is written at once: each `append` waits for the disk.
-        at_once = {key: stored[key] for key in missing if key in stored}
         answers = itertools.chain(
-            [at_once], ({key: records.key(row, records.ANSWER)} for key, row in compiled)
+            _in_parts({key: stored[key] for key in missing if key in stored}),
+            ({key: records.key(found[key], records.ANSWER) for key in found} for found in compiled),
         )
         left = sum(map(len, missing.values()))
         try:
@@ -244,6 +243,7 @@ def _answered(
                 records.room_at(store),
                 progress_bar(len(asked), left, progress) as bar,
             ):
+                # Those that there are are written together: each `append` waits for the disk.
                 for found in answers:
                     new = {asked[i]: answer for key, answer in found.items() for i in missing[key]}
                     journal.append(*(records.row(key + answer) for key, answer in new.items()))
@@ -262,6 +262,13 @@ def _answered(
                 f"cluster that works the same command asks only for the other {left}"
             ) from None
     return (key + known[key] for key in asked)
+
+
+def _in_parts(answers: dict[str, Any], size: int = 100) -> Iterator[dict[str, Any]]:
+    """Give some answers at a time: each may have hundreds of rows."""
+    left = iter(answers.items())
+    while part := dict(itertools.islice(left, size)):
+        yield part
 
 
 _COMPILE_KEY = records.KEY.index("compile_key")
@@ -319,10 +326,11 @@ def compiled(
         if answers[row["compile_key"]]["status"] == "ok"
     }
     with progress_bar(len(fitting), len(fitting), progress) as bar:
-        for key, found in compile_all(fitting, "full", jobs or cores(), TIMEOUT_S, cache):
-            # A compiler that dies later leaves what was told of the LDS.
-            answers[key] |= found
-            bar.update()
+        for found in compile_all(fitting, "full", jobs or cores(), TIMEOUT_S, cache):
+            for key, answer in found.items():
+                # A compiler that dies later leaves what was told of the LDS.
+                answers[key] |= answer
+            bar.update(len(found))
     return answers
 
 
