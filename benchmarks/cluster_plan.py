@@ -109,7 +109,8 @@ def drive(given):
         status = Path("/proc/self/status").read_text()
         told["peak_bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         now = {"ended": time.time(), "cpu_s": time.process_time()}
-        print(json.dumps({"answered": now["ended"]} | told | now), flush=True)
+        answered = {"answered": now["ended"], "cpu_answered_s": now["cpu_s"]}
+        print(json.dumps(answered | told | now), flush=True)
 
     def end():
         tell()
@@ -118,9 +119,9 @@ def drive(given):
     spread = answers.spread
 
     def noted(of, compilers):
-        told.update(asked=time.time(), cpu_before_s=time.process_time(), questions=len(of))
+        told.update(asked=time.time(), cpu_asked_s=time.process_time(), questions=len(of))
         yield from spread(of, compilers)
-        told["answered"] = time.time()
+        told.update(answered=time.time(), cpu_answered_s=time.process_time())
 
     def at_once(of, *_, **__):
         most = len(of) // 2 if given.kill else sys.maxsize
@@ -176,11 +177,14 @@ def cpu_s(process):
 
 
 def line(name, run, rows):
+    """Tell a run; of times that others' work makes longer, the CPU's, too."""
     began, asked, answered = run["began"], run["asked"], run["answered"]
+    cpu_s = run["cpu_answered_s"] - run["cpu_asked_s"]
     return (
-        f"{name:<13} {run['questions']:>9,} questions left, the first after "
-        f"{asked - began:>6.1f} s (plan {run['planned'] - began:.1f} s); {rows:>9,} rows at "
-        f"{rows / (answered - asked):>7,.0f} rows/s; whole {run['ended'] - began:>6.1f} s, "
+        f"{name:<13} {run['questions']:>9,} questions left, the first after {asked - began:.1f} s "
+        f"({run['cpu_asked_s']:.1f} s of CPU, the plan {run['planned'] - began:.1f} s); "
+        f"{rows:,} rows at {rows / (answered - asked):,.0f}/s ({rows / cpu_s:,.0f}/s of CPU); "
+        f"whole {run['ended'] - began:.1f} s ({run['cpu_s']:.1f} s of CPU), "
         f"peak {run['peak_bytes'] / 2**30:.2f} GiB"
     )
 
@@ -226,7 +230,7 @@ def in_cluster(given, store):
     print(line("through dask", run, rows))
     print(
         f"{'CPU time':<13} of a question, in ms: "
-        f"driver {1000 * (run['cpu_s'] - run['cpu_before_s']) / run['questions']:.2f}, "
+        f"driver {1000 * (run['cpu_answered_s'] - run['cpu_asked_s']) / run['questions']:.2f}, "
         f"scheduler {1000 * scheduler / run['questions']:.2f}, "
         f"all workers {1000 * sum(workers) / run['questions']:.2f}"
     )

@@ -116,7 +116,7 @@ class Compilers(Protocol):
 def spread(
     questions: Mapping[str, Question | CapturedLaunch], compilers: Compilers
 ) -> Generator[dict[str, dict[str, Any]], None, None]:
-    """Yield answers by key as they come, those together that there are, asking so many ahead."""
+    """Yield answers by key as they come, what is finished together; ask only so many ahead."""
     left = iter(questions.items())
     asked: dict[Future[Any], tuple[str, Question | CapturedLaunch]] = {}
     finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
