@@ -380,8 +380,9 @@ class Devices:
         units = {str(at): unit for at, unit in enumerate(run.left)}
         job = _Measure(run.said, how, cluster.here())
         with contextlib.closing(cluster.Tasks(self._client, job)) as tasks:
-            for key, found in spread(units, tasks):
-                yield units[key], run.gain(units[key], found["ours"], found["peers"])
+            for answers in spread(units, tasks):
+                for key, found in answers.items():
+                    yield units[key], run.gain(units[key], found["ours"], found["peers"])
 
 
 @contextlib.contextmanager

@@ -281,10 +281,11 @@ def _answers(
         questions[same] = question
         asked[same].append(key)
     with sweep.progress_bar(len(questions), len(questions), progress) as bar:
-        for same, answer in compile_all(questions, "lds", jobs or cores(), timeout_s):
-            for key in asked[same]:
-                answers[key] = answer | {"async_copy": questions[same].async_copy}
-            bar.update(1)
+        for found in compile_all(questions, "lds", jobs or cores(), timeout_s):
+            for same, answer in found.items():
+                for key in asked[same]:
+                    answers[key] = answer | {"async_copy": questions[same].async_copy}
+            bar.update(len(found))
     return answers
 
 

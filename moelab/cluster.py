@@ -519,8 +519,8 @@ def compile_all(
     jobs: int,
     timeout_s: float,
     memory: int | None = None,
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """Yield each key's answer as it comes, as `answers.compile_all` does.
+) -> Generator[dict[str, dict[str, Any]], None, None]:
+    """Yield answers by key as they come, as `answers.compile_all` does.
 
     Args:
         address: as `connected` takes it.

@@ -656,8 +656,11 @@ def test_other_lds_than_was_told_is_a_row_that_says_both(tmp_path, monkeypatch):
     compiled = sweep.compile_all
 
     def off_by_one(*args, **limits):
-        for key, answer in compiled(*args, **limits):
-            yield key, answer | {"lds_bytes": answer["lds_bytes"] + 1}
+        for found in compiled(*args, **limits):
+            yield {
+                key: answer | {"lds_bytes": answer["lds_bytes"] + 1}
+                for key, answer in found.items()
+            }
 
     monkeypatch.setattr(sweep, "compile_all", off_by_one)
     rows = bench.measure(

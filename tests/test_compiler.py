@@ -12,8 +12,8 @@ import triton
 from triton import knobs
 from triton.runtime.driver import driver
 
-from moelab import compiler, kernels, problems, sweep, targets
-from moelab.compiler import pipeline
+from moelab import compiler, kernels, plan, problems, sweep, targets
+from moelab.compiler import binding, pipeline
 from moelab.kernels import mxfp4_hopper, routing
 from moelab.kernels.epilogue import SwiGLU
 from moelab.specs import CapturedLaunch, Configuration, TensorSpec, Tile
@@ -316,6 +316,44 @@ def test_a_stage_of_a_specialized_kernel_is_a_step_and_four_fit(kernel, layer, y
 def test_a_specialized_kernel_is_asked_for_four_warps(kernel):
     with pytest.raises(compiler.CompileError, match="num_warps: specialized takes 4"):
         compiler.lds(compiler.specialize(specialized(kernel, warps=8)))
+
+
+def test_a_key_that_is_told_sooner_is_the_same_key(monkeypatch):
+    """One is asked for again and again, as in a plan over models and numbers of tokens."""
+    monkeypatch.setattr(binding, "_KEYS", {})
+    told = [
+        (compiler.specialize(of).key, compiler.compile_key(of))
+        for kernel, other in (("moe_gemm_a8w8", "+tma"), ("moe_gemm_a8w4", "+group8"))
+        for of in plan.grid(
+            kernels=kernel,
+            targets="gfx950,sm_90",
+            models="all",
+            layers="all",
+            m="1,512,1536",
+            tiles=f"64x128x128,64x128x128{other}",
+            warps=4,
+            stages="1,3",
+            async_copy="both",
+        )
+        if of.target == "sm_90" or not of.tile.tma
+    ]
+    assert all(key == sooner for key, sooner in told)
+    assert len(binding._KEYS) == len({key for key, _ in told}) < len(told) / 2
+
+
+def test_a_key_is_another_in_another_environment(monkeypatch):
+    before = compiler.compile_key(configuration())
+    monkeypatch.setenv("DISABLE_LLVM_OPT", "1")
+    assert compiler.compile_key(configuration()) == compiler.specialize(configuration()).key
+    assert compiler.compile_key(configuration()) != before
+
+
+def test_few_keys_are_kept(monkeypatch):
+    monkeypatch.setattr(binding, "_KEYS", {})
+    monkeypatch.setattr(binding, "_KEYS_KEPT", 2)
+    for stages in (1, 2, 3):
+        compiler.compile_key(configuration(stages=stages))
+        assert 0 < len(binding._KEYS) <= 2
 
 
 def test_ttir_that_was_read_back_gives_the_same_lds(monkeypatch):

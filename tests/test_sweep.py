@@ -48,7 +48,7 @@ def asked(monkeypatch):
         for key, configuration in configurations.items():
             seen.append(configuration)
             target = targets.get(configuration.target)
-            yield key, answers.stamped("ok", None, target) | {"lds_bytes": len(seen)}
+            yield {key: answers.stamped("ok", None, target) | {"lds_bytes": len(seen)}}
 
     monkeypatch.setattr(sweep, "compile_all", pretend)
     return seen
@@ -310,7 +310,7 @@ def test_a_failure_of_the_machine_answers_no_other_configuration(tmp_path, asked
 
 def test_rows_that_were_compiled_survive_an_interrupt(tmp_path, monkeypatch):
     def interrupted(configurations, full, jobs, timeout_s, memory):
-        yield next(iter(configurations)), answers.stamped("ok", None, targets.get("gfx950"))
+        yield {next(iter(configurations)): answers.stamped("ok", None, targets.get("gfx950"))}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "compile_all", interrupted)
