@@ -340,6 +340,7 @@ def test_two_sweeps_into_one_store_lose_nothing_while_it_is_read_and_exported(tm
         assert seen <= len(rows) and (rows["lds_bytes"] == rows["num_stages"]).all()
         assert len(regress.compare(rows, rows).cells) == len(rows)
         seen = len(rows)
+        time.sleep(0.1)
     assert seen > 1
     told = [of.end() for of in both]
     assert [code for code, _, _ in told] == [0, 0]
@@ -791,7 +792,9 @@ def test_ctrl_c_and_sigterm_end_within_two_seconds_and_say_how_to_go_on(
     assert kept(store) == list(range(1, 100))
 
 
-@short_and_long
+@pytest.mark.parametrize(
+    "times", [2, pytest.param(100, marks=pytest.mark.slow)], ids="{} times".format
+)
 def test_ctrl_c_in_a_terminal_is_quiet_though_it_meets_workers_that_are_just_starting(
     tmp_path, times
 ):
