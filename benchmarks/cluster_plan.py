@@ -88,9 +88,9 @@ class AtOnce:
 def distinct(compile_key):
     """Give a key of its own to what differs in the problem alone."""
 
-    def key(question):
+    def key(question, keys):
         of = question.problem
-        same = f"{compile_key(question)} {of.model} {of.layer} {of.tp} {of.m}"
+        same = f"{compile_key(question, keys)} {of.model} {of.layer} {of.tp} {of.m}"
         return hashlib.sha256(same.encode()).hexdigest()[:16]
 
     return key

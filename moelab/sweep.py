@@ -236,7 +236,8 @@ def _answered(
         each question's row, as its values in the order of `records.COLUMNS`: of a million
         questions a dict for each would take gigabytes.
     """
-    asked = [records.key(asked_row(settled(question), mode)) for question in questions]
+    keys: dict[tuple[Any, ...], str] = {}
+    asked = [records.key(asked_row(settled(question), mode, keys)) for question in questions]
     known, stored = _known(asked, store, mode)
     missing: dict[str, list[int]] = defaultdict(list)
     for index, key in enumerate(asked):
@@ -386,19 +387,25 @@ def settled(question: Q) -> Q:
     return replace(question, async_copy=decided)
 
 
-def asked_row(question: Question, mode: str) -> dict[str, Any]:
-    """Start a question's row: everything that is asked."""
+def asked_row(
+    question: Question, mode: str, keys: dict[tuple[Any, ...], str] | None = None
+) -> dict[str, Any]:
+    """Start a question's row: everything that is asked.
+
+    Args:
+        keys: of many questions, what `compiler.compile_key` keeps from one to the next.
+    """
     return question.asked() | {
         "triton": compiler.triton_version(),
         "mode": mode,
-        "compile_key": _compile_key(question),
+        "compile_key": _compile_key(question, {} if keys is None else keys),
     }
 
 
-def _compile_key(question: Question) -> str:
+def _compile_key(question: Question, keys: dict[tuple[Any, ...], str]) -> str:
     """Give what launches share that compile to the same code; what is refused has its own."""
     try:
-        return compiler.compile_key(question)
+        return compiler.compile_key(question, keys)
     except compiler.CompileError:
         return hashlib.sha256(repr(question).encode()).hexdigest()[:16]
 

@@ -127,16 +127,13 @@ def _source(question: Configuration, target: Target) -> Source:
         raise CompileError(f"{question.kernel}: {refused}") from refused
 
 
-# 300 bytes each.
-_KEYS_KEPT = 100_000
-_KEYS: dict[tuple[Any, ...], str] = {}
-
-
-def compile_key(question: Question) -> str:
-    """Give `specialize`'s key, five times sooner where a launch that is bound alike had it.
+def compile_key(question: Question, known: dict[tuple[Any, ...], str]) -> str:
+    """Give `specialize`'s key, several times sooner where a launch that is bound alike had it.
 
     What is bound alike is one kernel to Triton's launcher, too: `jit.compute_cache_key`.
 
+    Args:
+        known: what this fills, and reads; of one Triton, whose settings stay as they are.
     Raises:
         ValueError, LaunchError, CompileError: as `specialize` does.
     """
@@ -147,13 +144,10 @@ def compile_key(question: Question) -> str:
     options = {"num_warps": question.num_warps, "num_stages": question.num_stages}
     bound = _bound(source, source.options | options, target)
     alike = hashlib.sha256(repr(bound[2:]).encode()).digest()
-    environment = tuple(environment_variables().items())
-    same = (source.fn, target.name, question.async_copy, triton_version(), environment, alike)
-    if same not in _KEYS:
-        if len(_KEYS) >= _KEYS_KEPT:
-            _KEYS.clear()
-        _KEYS[same] = _specialized(source, *bound, target, question.async_copy).key
-    return _KEYS[same]
+    same = source.fn, target.name, question.async_copy, alike
+    if same not in known:
+        known[same] = _specialized(source, *bound, target, question.async_copy).key
+    return known[same]
 
 
 def specialize_source(
