@@ -214,8 +214,9 @@ def _run(command: Sequence[str], target: str, folder: Path) -> int:
         # Eager: what Inductor would generate is not asked about.
         "TORCHDYNAMO_DISABLE": "1",
     }
-    # Triton's interpreter launches nothing; the test is that of whoever asks.
-    for name in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST"):
+    # Triton's interpreter launches nothing, the target is the one that is asked about, and the
+    # test is that of whoever asks.
+    for name in ("TRITON_INTERPRET", "TRITON_OVERRIDE_ARCH", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
     try:
         process = subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno())

@@ -17,6 +17,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -366,7 +367,7 @@ def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -
         stream = sys.stderr
         with contextlib.suppress(KeyError, OSError):
             stream = stack.enter_context(open(os.environ["MOELAB_PROGRESS"], "w"))
-        yield stack.enter_context(
+        bar = stack.enter_context(
             tqdm(
                 total=total,
                 initial=total - left,
@@ -377,6 +378,10 @@ def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -
                 file=stream,
             )
         )
+        # By the wall clock it would stand still for the hour that the clock is set back.
+        began = time.monotonic()
+        vars(bar).update(_time=time.monotonic, start_t=began, last_print_t=began)
+        yield bar
 
 
 def settled(question: Q) -> Q:

@@ -185,7 +185,7 @@ def _specialized(
     async_copy: AsyncCopy,
 ) -> Launch:
     backend, _ = _binder(source.fn, target.name)
-    with _without_announcements():
+    with _without_announcements(), _target_as_asked():
         parsed, signature, constants, attributes = source.fn._pack_args(
             backend, given, bound, specialization, excess
         )
@@ -245,7 +245,7 @@ def specialize_types(
 
     types = {p.name: signature((i,), arguments[p.name]) for i, p in enumerate(fn.params)}
     ast = _ast_source(fn)(fn, types, constants, attributes)
-    with compile_errors(), _without_announcements():
+    with compile_errors(), _without_announcements(), _target_as_asked():
         parsed = backend.parse_options(options)
     launch = bound_launch(ast, parsed, backend, target, async_copy)
     texts = [path for path, value in constants.items() if isinstance(value, str)]
@@ -276,7 +276,7 @@ def default_options(target: Target) -> dict[str, Any]:
 @functools.cache
 def _default_options(target: str) -> dict[str, Any]:
     backend = backend_of(target)
-    with _without_announcements():
+    with _without_announcements(), _target_as_asked():
         return dict(backend.parse_options({}).__dict__)
 
 
@@ -293,6 +293,19 @@ def _without_announcements() -> Iterator[None]:
         # 3.9 announces that 3.10 will stop fusing by default; launches hear it, and so
         # need not each sweep.
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        yield
+
+
+@contextlib.contextmanager
+def _target_as_asked() -> Iterator[None]:
+    """Pass over TRITON_OVERRIDE_ARCH, by which Triton compiles for one chip whatever is asked."""
+    from triton import knobs
+
+    if knobs.runtime.override_arch is None:
+        yield
+        return
+    with knobs.runtime.scope():
+        knobs.runtime.override_arch = None
         yield
 
 
@@ -370,7 +383,10 @@ def settings(launch: Launch, cache: Path | None = None) -> Iterator[None]:
         folder = cache or stack.enter_context(scratch.folder())
         stack.enter_context(_environment(launch.environment))
         stack.enter_context(knobs.amd.scope())
+        stack.enter_context(_target_as_asked())
         stack.enter_context(cache_at(folder))
+        # Machine code of the user's takes the place of the compiler's; a dump may find no room.
+        knobs.amd.swap_mir = knobs.amd.dump_mir = None
         if launch.async_copy is not None:
             knobs.amd.use_async_copy = launch.async_copy
         yield
