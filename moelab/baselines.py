@@ -9,13 +9,12 @@ import json
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import records
+from . import inert, records
 from .specs import Problem, Tile
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def _read(source: str) -> pd.DataFrame:
         spelled = rows[column].astype("string").fillna("none").str.casefold()
         kept = rows[spelled == value.casefold()]
         if kept.empty:
-            there = listed(map(inert, set(spelled)), 8)
+            there = listed(map(inert.line, set(spelled)), 8)
             raise ValueError(f"{source}: no row has {column} {value!r}; there are {there}")
         rows = kept
     return rows if policy is None else _under(source, rows, policy)
@@ -106,7 +105,7 @@ def _frame(path: Path) -> pd.DataFrame:
     except (ValueError, LookupError, TypeError) as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path}: not readable as rows: {inert(error)}") from None
+        raise ValueError(f"{path}: not readable as rows: {inert.line(error)}") from None
 
 
 def _parted(source: str) -> tuple[str, dict[str, str]]:
@@ -167,18 +166,18 @@ def _check(where: str, row: dict[str, Any]) -> None:
     schema = row.get("schema")
     if type(schema) is not int or not 1 <= schema <= records.SCHEMA_VERSION:
         raise ValueError(
-            f"{where}: schema {inert(schema)}; this moelab reads 1 to {records.SCHEMA_VERSION}"
+            f"{where}: schema {inert.line(schema)}; this moelab reads 1 to {records.SCHEMA_VERSION}"
         )
     for name, kind in records.COLUMNS.items():
         value = row.get(name)
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         if not _is_of(kind, value):
-            raise ValueError(f"{where}: {name} is {inert(value)!r}, not of type {kind}")
+            raise ValueError(f"{where}: {name} is {inert.line(value)!r}, not of type {kind}")
     for name, known in (("status", records.STATUSES), ("mode", records.MODES)):
         if row.get(name) not in known:
             raise ValueError(
-                f"{where}: {name} {inert(row.get(name))!r} is none of {', '.join(known)}"
+                f"{where}: {name} {inert.line(row.get(name))!r} is none of {', '.join(known)}"
             )
     for name in ("kernel", "target"):
         if row.get(name) is None:
@@ -193,10 +192,10 @@ def _check(where: str, row: dict[str, Any]) -> None:
                 )
     time = row.get("time_us")
     if time is not None and not _is_time(time):
-        raise ValueError(f"{where}: time_us is {inert(time)}, not a time")
+        raise ValueError(f"{where}: time_us is {inert.line(time)}, not a time")
     for name, whole in (("samples_us", _are_samples), ("made_by", _is_made_by)):
         if (value := row.get(name)) is not None and not whole(value):
-            raise ValueError(f"{where}: {name} is damaged: {inert(value[:60])}")
+            raise ValueError(f"{where}: {name} is damaged: {inert.line(value[:60])}")
 
 
 def _is_of(kind: str, value: Any) -> bool:
@@ -233,22 +232,6 @@ def _are_samples(text: str) -> bool:
 
 def _is_made_by(text: str) -> bool:
     return isinstance(_parsed(text), dict)
-
-
-def inert(value: Any, most: int = 300) -> str:
-    """Make a value one line that commands neither a terminal nor a CI job.
-
-    Control characters go, and those that turn the direction of writing; so do the starts of
-    GitHub's and Azure's log commands, ``::`` and ``##[``.
-    """
-    import pandas as pd
-
-    if pd.api.types.is_scalar(value) and pd.isna(value):
-        return "-"
-    shown = "".join(
-        " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:most]
-    ).strip()
-    return shown.replace("::", ": :").replace("##[", "## [") or "-"
 
 
 def listed(values: Iterable[str], most: int = 5) -> str:

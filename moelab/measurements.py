@@ -9,7 +9,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import records, tables
+from . import inert, records, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ def tally(rows: pd.DataFrame) -> str:
 
 
 def made_by(rows: pd.DataFrame) -> str:
-    """Name what measured rows were made with: all that differs, and from when to when.
+    """Name in Markdown what measured rows were made with: all that differs, from when to when.
 
     Args:
         rows: of `bench.measure`.
@@ -163,7 +163,7 @@ def made_by(rows: pd.DataFrame) -> str:
         values = sorted({str(each[name]) for each in said if name in each})
         if name == "date":
             values = [" to ".join(dict.fromkeys([values[0], values[-1]]))]
-        told.append(f"{name} {', '.join(values)}")
+        told.append(f"{inert.markdown(name)} {', '.join(map(inert.markdown, values))}")
     return "Measured with " + "; ".join(told)
 
 
