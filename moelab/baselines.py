@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _SHIPPED = Path(__file__).parent / "data"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
 # Half of a surrogate pair: JSON can spell it, and it is no text.
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -130,7 +128,7 @@ def _located(name: str) -> Path:
     own = os.environ.get("MOELAB_BASELINES")
     folders = [*([Path(own)] if own else []), _SHIPPED]
     for folder in folders:
-        if _NAME.fullmatch(name) and (kept := folder / f"{name}.parquet").is_file():
+        if inert.is_file_name(name) and (kept := folder / f"{name}.parquet").is_file():
             return kept
     named = ", ".join(
         sorted({kept.stem for folder in folders for kept in folder.glob("*.parquet")})

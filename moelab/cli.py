@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__
+from . import __version__, inert
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,6 +93,11 @@ _memory = click.option(
 )
 
 
+def _say(said: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print; what others wrote, in rows, files or paths, commands no terminal and no CI job."""
+    click.echo(inert.printed(str(said)), err=err, nl=nl)
+
+
 class _DiskFull(click.ClickException):
     """No room; what was finished is kept, and the same command goes on."""
 
@@ -100,13 +105,17 @@ class _DiskFull(click.ClickException):
 
 
 class _Interruptible(click.Group):
-    """Ends with 130 after Ctrl-C, as a shell expects, and says what is kept."""
+    """Ends with 130 after Ctrl-C, as a shell expects, and says what is kept; errors are inert."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except click.ClickException as error:
+            # Final to a type checker, as nobody else's exception should be changed.
+            error.message = inert.printed(error.message)  # type: ignore[misc]
+            raise
         except KeyboardInterrupt as stopped:
-            click.echo(f"\n{str(stopped) or 'interrupted'}", err=True)
+            _say(f"\n{str(stopped) or 'interrupted'}", err=True)
             raise SystemExit(130) from None
 
 
@@ -202,7 +211,7 @@ def sweep(
         if export is not None:
             records.export(rows, export)
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
         _show(rows)
         _show_maps(told)
@@ -256,7 +265,7 @@ def _show(rows: pd.DataFrame) -> None:
 
     rows = tables.labelled(rows)
     if len(rows) > _READABLE_ROWS:
-        click.echo(tables.statuses(rows).to_string(index=False))
+        _print(tables.statuses(rows))
     else:
         problem = ["model", "layer", "tp", "m", "x_format", "y_format", "scale_layout"]
         varying = [name for name in problem if rows[name].nunique() > 1]
@@ -268,15 +277,16 @@ def _show(rows: pd.DataFrame) -> None:
 
 
 def _print(table: pd.DataFrame) -> None:
+    table = inert.frame(table)
     # pandas prints <NA> of nullable types whatever `na_rep` says.
-    click.echo(table.astype(object).where(table.notna(), "-").to_string(index=False))
+    _say(table.astype(object).where(table.notna(), "-").to_string(index=False))
 
 
 def _show_maps(told: list[Told]) -> None:
     from . import lds_map
 
     for each in told:
-        click.echo(f"\n{each.title}\n{each.sentence}")
+        _say(f"\n{each.title}\n{each.sentence}")
         if each.map.buffers:
             _print(lds_map.table(each.map.buffers))
 
@@ -284,10 +294,10 @@ def _show_maps(told: list[Told]) -> None:
 def _remarks(rows: pd.DataFrame) -> None:
     """Say on stderr what a table has no room for."""
     if (rows["mode"].isin(["lds", "map"]) & (rows["method"] == "full")).any():
-        click.echo("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
+        _say("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
     failed = rows[~rows["status"].isin(["ok", "out_of_lds", "out_of_tmem"])]
     for reason in failed["reason"].unique()[:3]:
-        click.echo(f"\n{reason}", err=True)
+        _say(f"\n{reason}", err=True)
 
 
 def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
@@ -517,7 +527,7 @@ def measure(
                 jobs=jobs,
                 **({"rounds": rounds} if _was_given("rounds") else {}),
             )
-            click.echo(regress.as_json(compared) if as_json else regress.text(compared))
+            _say(inert.json(regress.as_json(compared)) if as_json else regress.text(compared))
             raise SystemExit(compared.exit_code)
         if names := others.named(peers):
             asked = [replace(of, problem=others.plain(of.problem)) for of in asked]
@@ -535,11 +545,11 @@ def measure(
         if export is not None:
             records.export(rows, export)
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
         _print(measurements.table(rows))
         _remarks(rows)
-    click.echo("\n" + measurements.tally(rows), err=as_json)
+    _say("\n" + measurements.tally(rows), err=as_json)
 
 
 def _was_given(name: str) -> bool:
@@ -565,7 +575,7 @@ def _wrong_use_or_nothing_measured() -> Iterator[None]:
         with _wrong_use():
             yield
     except KeyboardInterrupt:
-        click.echo("interrupted: no verdict; what was finished is in --store", err=True)
+        _say("interrupted: no verdict; what was finished is in --store", err=True)
         raise SystemExit(130) from None
     except click.UsageError:
         raise
@@ -679,10 +689,10 @@ def tune(
         tuned.save(tuned.winners(rows), target, path)
         gains = tuned.gains(rows)
     if as_json:
-        click.echo(gains.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(gains.to_json(orient="records", lines=True)), nl=False)
     else:
         _print(tuned.mean_gains(gains).round(2))
-        click.echo(f"\n{path}", err=True)
+        _say(f"\n{path}", err=True)
 
 
 def _tuned_path(target: str, out: Path | None) -> Path:
@@ -714,18 +724,18 @@ def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:
     if as_json:
         rows = pd.concat([tables.labelled(base.to_frame().T), ranked])
         rows = rows.drop(columns=tables.ASYNC_COPY)
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
         return
-    click.echo(advice.verdict(ranked, base))
+    _say(advice.verdict(ranked, base))
     if len(ranked):
         if not pd.isna(base["model"]):
-            click.echo("Of {model}, layer {layer}, TP {tp}, M {m}:".format(**base))
+            _say("Of {model}, layer {layer}, TP {tp}, M {m}:".format(**base))
         shown = ["changed", "tile", "num_warps", "num_stages", tables.ASYNC_COPY, "lds_bytes"]
         shown += ["free_bytes", "registers", "spilled_registers", "workgroups_per_cu"]
         shown += ["warps_per_simd", "expected_cost", "measured_time_us", "ordered_by"]
-        table = ranked[shown].dropna(axis="columns", how="all")
-        click.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
-    click.echo()
+        table = inert.frame(ranked[shown]).dropna(axis="columns", how="all")
+        _say(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    _say()
 
 
 @app.command()
@@ -779,7 +789,7 @@ def lds(
         )
         rows, told = _asked(questions, tritons, store, full, maps, jobs, memory)
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
         _print(tables.of_launches(rows))
         _remarks(rows)
@@ -812,7 +822,7 @@ def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path, na
         raise click.UsageError(str(error)) from None
     except report_.ReportError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(html)
+    _say(html)
 
 
 def _value(text: str) -> Any:
@@ -850,7 +860,7 @@ def install(versions: tuple[str, ...]) -> None:
     for version in versions:
         with _wrong_use():
             chosen = toolchain.install(version)
-        click.echo(f"triton {version}: {chosen.folder}")
+        _say(f"triton {version}: {chosen.folder}")
 
 
 @toolchain_.command()
@@ -865,7 +875,7 @@ def remove(version: str) -> None:
     from . import toolchain
 
     with _wrong_use():
-        click.echo(f"deleted {toolchain.remove(version)}")
+        _say(f"deleted {toolchain.remove(version)}")
 
 
 @toolchain_.command("list")
@@ -882,7 +892,7 @@ def list_(as_json: bool) -> None:
     for each in (toolchain.find(), *toolchain.installed()):
         where = str(each.folder or "this environment")
         found = {"triton": each.name, "python": each.python, "where": where}
-        click.echo(json.dumps(found) if as_json else f"{each.name:<10} {where}")
+        _say(inert.json(json.dumps(found)) if as_json else f"{each.name:<10} {where}")
 
 
 @app.command()
@@ -939,10 +949,10 @@ def capture(
     except OSError as error:
         raise click.ClickException(str(error)) from None
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
-        click.echo(capture_.table(rows))
-    click.echo(f"\n{capture_.summary(captured)}", err=True)
+        _say(capture_.table(rows))
+    _say(f"\n{capture_.summary(captured)}", err=True)
     if captured.unfit:
         raise SystemExit(1)
     raise SystemExit(3 if captured.exit_code < 0 or not captured.launched else 0)
@@ -963,12 +973,12 @@ def targets(as_json: bool) -> None:
 
     if as_json:
         for target in TARGETS.values():
-            click.echo(json.dumps(asdict(target)))
+            _say(json.dumps(asdict(target)))
         return
-    click.echo(f"{'target':<9}{'LDS limit (bytes)':>18}  {'warp':>4}  {'TB/s':>5}  peak TFLOP/s")
+    _say(f"{'target':<9}{'LDS limit (bytes)':>18}  {'warp':>4}  {'TB/s':>5}  peak TFLOP/s")
     for target in TARGETS.values():
         peaks = ", ".join(f"{name} {peak:g}" for name, peak in target.peak_tflops.items())
-        click.echo(
+        _say(
             f"{target.name:<9}{target.lds_limit:>18,}  {target.warp_size:>4}  "
             f"{target.bandwidth_tbps or '-':>5}  {peaks or '-':<38}  {', '.join(target.chips)}"
         )
@@ -986,7 +996,7 @@ def doctor(as_json: bool) -> None:
     from . import health
 
     found = health.examine()
-    click.echo(json.dumps(found) if as_json else _lines(found))
+    _say(inert.json(json.dumps(found)) if as_json else _lines(found))
 
 
 def _lines(found: Mapping[str, Any], indent: str = "") -> str:
@@ -1062,10 +1072,10 @@ def export(
     except OSError as error:
         raise click.ClickException(str(error)) from None
     for file, path in zip(files, paths, strict=True):
-        click.echo(path)
+        _say(path)
         if file.left_out:
             reasons = ", ".join(dict.fromkeys(file.left_out.values()))
-            click.echo(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)
+            _say(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)
 
 
 @app.command()
@@ -1120,6 +1130,6 @@ def compare(
         if markdown is not None:
             markdown.write_text(regress.markdown(compared), encoding="utf-8")
     except (ValueError, OSError, report_.ReportError) as error:
-        raise click.UsageError(baselines.inert(error, most=2000)) from None
-    click.echo(regress.as_json(compared) if as_json else regress.text(compared))
+        raise click.UsageError(inert.line(error, inert.LONG)) from None
+    _say(inert.json(regress.as_json(compared)) if as_json else regress.text(compared))
     raise SystemExit(compared.exit_code)

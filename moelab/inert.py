@@ -38,6 +38,8 @@ _NO_PAGE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
 # What would end a code span, or a table's cell.
 _IN_CODE = str.maketrans({"`": "'", "|": "\N{BROKEN BAR}"})
 
@@ -74,6 +76,15 @@ def _visible(text: str, but: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(" " if unicodedata.category(c)[0] in "CZ" and c not in but else c for c in text)
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a name is one of a file in its folder, on any system.
+
+    >>> [is_file_name(name) for name in ("gfx942_1.2", "../gfx942", "a..b", "a.", "a/b", "")]
+    [True, False, False, False, False, False]
+    """
+    return bool(_FILE_NAME.fullmatch(name)) and ".." not in name and not name.endswith(".")
 
 
 def frame(

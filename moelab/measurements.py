@@ -112,6 +112,7 @@ def tally(rows: pd.DataFrame) -> str:
     Returns:
         a sentence a line.
     """
+    rows = inert.frame(rows)
     ours, timed = rows[rows["peer"].isna()], rows.dropna(subset=["time_us"])
     loaded = ours.dropna(subset=["loaded_lds_bytes"])
     launched = ours["loaded_lds_bytes"].notna() | (ours["status"] == "launch_error")

@@ -11,7 +11,8 @@ from .. import inert
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-P, F = ParamSpec("P"), TypeVar("F")
+P = ParamSpec("P")
+F = TypeVar("F")
 
 KIB = 1024
 
@@ -57,7 +58,8 @@ def picture(draw: Callable[P, F]) -> Callable[P, F]:
         import matplotlib as mpl
 
         with mpl.rc_context({"text.parse_math": False}):
-            return draw(*map(_short, given), **{k: _short(v) for k, v in named.items()})
+            short = {name: _short(value) for name, value in named.items()}
+            return draw(*map(_short, given), **short)
 
     return drawn
 
