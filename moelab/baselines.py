@@ -167,6 +167,9 @@ def _check(where: str, row: dict[str, Any]) -> None:
                     f"{where}: says no {name}, of schema {schema}: rows of two schemas were mixed; "
                     "compare them apart"
                 )
+    time = row.get("time_us")
+    if time is not None and not records.is_time(time):
+        raise ValueError(f"{where}: time_us is {inert.line(time)}, not a time")
 
 
 def listed(values: Iterable[str], most: int = 5) -> str:
