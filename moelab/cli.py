@@ -98,6 +98,12 @@ def _say(said: object = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(inert.printed(str(said)), err=err, nl=nl)
 
 
+def _say_what_runs(what: str) -> None:
+    """Name code that is about to run and is not moelab's: a file of rows is only read."""
+    if not Path(what).resolve().is_relative_to(Path(__file__).resolve().parent):
+        _say(f"moelab runs {inert.line(what)}", err=True)
+
+
 class _DiskFull(click.ClickException):
     """No room; what was finished is kept, and the same command goes on."""
 
@@ -223,14 +229,14 @@ def _wrong_use() -> Iterator[None]:
     from .bench import MeasureError
     from .launches import LaunchError
     from .parameters import ParameterError
-    from .records import DiskFullError
+    from .records import DiskFullError, UnreadableError
     from .toolchain import ToolchainError
 
     try:
         yield
     except DiskFullError as error:
         raise _DiskFull(str(error)) from None
-    except (ParameterError, LaunchError) as error:
+    except (ParameterError, LaunchError, UnreadableError) as error:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError, ToolchainError, MeasureError) as error:
         raise click.ClickException(str(error)) from None
@@ -375,6 +381,7 @@ def advise(
         times = None if measured is None else advice.read_measured(measured)
         if launch is not None:
             _refuse_beside("--launch", *_OF_A_MODEL)
+            _say_what_runs(kernel.rpartition(":")[0])
             asked: Sequence[Question] = plan.launches(
                 kernel,
                 launch,
@@ -666,6 +673,7 @@ def tune(
       moelab tune --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" --out tuned/tuned_sm_90.json
     """
     from . import bench, records, tune, tuned
+    from . import targets as targets_
 
     with _wrong_use():
         if measured is None:
@@ -682,7 +690,8 @@ def tune(
             if rows["target"].nunique() != 1:
                 there = ", ".join(rows["target"].unique()) or "none"
                 raise ValueError(f"{measured}: measured rows of one target are wanted, not {there}")
-            target = rows["target"].iloc[0]
+            # What rows say is part of the file's name.
+            target = targets_.get(rows["target"].iloc[0]).name
             path = _tuned_path(target, out)
         if export is not None:
             records.export(rows, export)
@@ -769,6 +778,9 @@ def lds(
 ) -> None:
     """Tell the exact LDS of anybody's kernel, without a GPU.
 
+    It runs the file that the kernel is in, as importing it does: give none that you would not
+    run. LAUNCH.json is only read.
+
     KERNEL is a triton.jit function, autotuned or not, in a file or as package.module:KERNEL.
     LAUNCH.json gives every parameter a type or a constant:
 
@@ -783,6 +795,7 @@ def lds(
     """
     from . import plan, tables
 
+    _say_what_runs(kernel.rpartition(":")[0])
     with _wrong_use():
         questions = plan.launches(
             kernel, launch, targets=target, stages=stages, warps=warps, async_copy=async_copy
@@ -922,7 +935,8 @@ def capture(
 ) -> None:
     """Run a script or tests without a GPU, and tell the LDS of every Triton launch.
 
-    The command runs unchanged, on tensors without values; what it prints goes to stderr.
+    The command runs unchanged and may do whatever it does: give none that you would not run. It
+    runs on tensors without values; what it prints goes to stderr.
     It stops where it reads a value back, and the report says where. Results are not
     compared, and torch.compile is off.
 
@@ -936,9 +950,12 @@ def capture(
     Example:
       moelab capture --target gfx950 -- pytest tests/test_moe.py
     """
+    import shlex
+
     from . import capture as capture_
     from . import records
 
+    _say_what_runs(shlex.join(command))
     try:
         captured = capture_.run(command, target, async_copy=async_copy, jobs=jobs)
         rows = capture_.frame(captured.rows)

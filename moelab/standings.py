@@ -166,7 +166,9 @@ def because(table: pd.DataFrame, reasons: Path | None) -> pd.Series:
     """
     import pandas as pd
 
-    lines = pd.read_csv(reasons, dtype="string").to_dict("records") if reasons else []
+    lines = []
+    if reasons:
+        lines = pd.read_csv(records.require_readable(reasons), dtype="string").to_dict("records")
     found = []
     for cell in table[CELL].astype("string").to_dict("records"):
         fits = [

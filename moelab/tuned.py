@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import problems
+from . import problems, records
 from .specs import X_FORMATS, Problem, Tile
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def read(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(records.require_readable(path).read_text())
         later = found["schema"] > SCHEMA_VERSION
         # A later moelab's rows may be of another kind.
         for row in [] if later else found["rows"]:
@@ -252,7 +252,7 @@ def read(path: Path | str) -> dict[str, Any]:
             if missing:
                 raise KeyError(*sorted(missing))
             found["made_by"][row["by"]]["source"]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a file of tuned configurations ({type(error).__name__}: {error}); "
             "`moelab tune --out` writes them"
