@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import problems, records
+from . import problems
 from .specs import X_FORMATS, Problem, Tile
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def read(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        found = json.loads(records.require_readable(path).read_text())
+        found = json.loads(path.read_text())
         later = found["schema"] > SCHEMA_VERSION
         # A later moelab's rows may be of another kind.
         for row in [] if later else found["rows"]:
