@@ -426,8 +426,9 @@ def _finish(html: str) -> str:
         for toc in soup.select(".toc"):
             toc.decompose()
         soup.body["class"] = [*soup.body.get("class", []), "no-toc"]
-    # A policy does not hold a page back from another address, or from looking one up.
-    for tag in soup.select("main :is(meta, link, base)"):
+    # A policy does not hold a page back from another address, or from looking one up; Chromium
+    # connects to a frame's before it refuses the frame.
+    for tag in soup.select("main :is(meta, link, base, iframe, object, embed)"):
         tag.decompose()
     # pandas repeats this style with each table, and `scoped` is no longer a thing.
     for style in soup.select(".outputs style[scoped]"):
