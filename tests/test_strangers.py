@@ -503,11 +503,13 @@ def test_no_request_leaves_a_page_by_any_way(tmp_path, listener):
     dom = in_a_browser(path, tmp_path / "profile")
     assert "A report" in dom and "data-ran" not in dom
     assert listener.asked == []
+    assert not BeautifulSoup(path.read_text(), "html.parser").select("main meta")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("channel", CHANNELS)
+# What prints the DOM follows no refresh: that a page has none is looked at above.
+@pytest.mark.parametrize("channel", sorted(CHANNELS.keys() - {"refresh"}))
 def test_each_way_is_one_where_there_is_no_policy(tmp_path, listener, channel):
     path = tmp_path / "page.html"
     path.write_text(f"<main>{CHANNELS[channel].format(url=listener.url)}</main>")
