@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,13 +244,18 @@ def read_measured(path: Path | str) -> pd.DataFrame:
     import pandas as pd
 
     path = Path(path)
-    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".parquet": lambda path: records.stored(path).to_pandas(),
+        ".csv": lambda path: pd.read_csv(records.require_readable(path)),
+    }
     if path.suffix not in readers:
-        raise ValueError(f"{path}: measurements are read from a .parquet or a .csv")
+        raise records.UnreadableError(f"{path}: measurements are read from a .parquet or a .csv")
     try:
         return check_measured(readers[path.suffix](path))
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except records.UnreadableError:
+        raise
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise records.UnreadableError(f"{path}: {error}") from None
 
 
 def check_measured(measured: pd.DataFrame) -> pd.DataFrame:

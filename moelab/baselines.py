@@ -5,39 +5,19 @@ A damaged row stops the reading: a verdict on what is left would be one on somet
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import records
+from . import inert, records
 from .specs import Problem, Tile
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SHIPPED = Path(__file__).parent / "data"
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-# Half of a surrogate pair: JSON can spell it, and it is no text.
-_HALF = re.compile("[\ud800-\udfff]")
-
-_PYTHON: dict[str, type | tuple[type, ...]] = {
-    "string": str,
-    "Int64": int,
-    "boolean": bool,
-    "Float64": (int, float),
-}
-
-
-# No launch is over in less than a nanosecond, or takes eleven days.
-_SHORTEST_US, _LONGEST_US = 1e-3, 1e12
 
 # What every row of ours says: the fields that are never None.
 _SAID = tuple(item.name for item in (*fields(Problem), *fields(Tile)) if item.default is not None)
@@ -81,7 +61,7 @@ def _read(source: str) -> pd.DataFrame:
         spelled = rows[column].astype("string").fillna("none").str.casefold()
         kept = rows[spelled == value.casefold()]
         if kept.empty:
-            there = listed(map(inert, set(spelled)), 8)
+            there = listed(map(inert.line, set(spelled)), 8)
             raise ValueError(f"{source}: no row has {column} {value!r}; there are {there}")
         rows = kept
     return rows if policy is None else _under(source, rows, policy)
@@ -106,7 +86,7 @@ def _frame(path: Path) -> pd.DataFrame:
     except (ValueError, LookupError, TypeError) as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path}: not readable as rows: {inert(error)}") from None
+        raise ValueError(f"{path}: not readable as rows: {inert.line(error)}") from None
 
 
 def _parted(source: str) -> tuple[str, dict[str, str]]:
@@ -131,7 +111,7 @@ def _located(name: str) -> Path:
     own = os.environ.get("MOELAB_BASELINES")
     folders = [*([Path(own)] if own else []), _SHIPPED]
     for folder in folders:
-        if _NAME.fullmatch(name) and (kept := folder / f"{name}.parquet").is_file():
+        if inert.is_file_name(name) and (kept := folder / f"{name}.parquet").is_file():
             return kept
     named = ", ".join(
         sorted({kept.stem for folder in folders for kept in folder.glob("*.parquet")})
@@ -154,7 +134,7 @@ def _rows_at(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     table = records.stored(path)
     if "schema" not in table.column_names or "status" not in table.column_names:
         raise ValueError(f"{path}: not rows of moelab: no column schema or status")
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(records.rows_of(table), start=1):
         yield f"{path}, row {number}", row
 
 
@@ -167,18 +147,14 @@ def _check(where: str, row: dict[str, Any]) -> None:
     schema = row.get("schema")
     if type(schema) is not int or not 1 <= schema <= records.SCHEMA_VERSION:
         raise ValueError(
-            f"{where}: schema {inert(schema)}; this moelab reads 1 to {records.SCHEMA_VERSION}"
+            f"{where}: schema {inert.line(schema)}; this moelab reads 1 to {records.SCHEMA_VERSION}"
         )
-    for name, kind in records.COLUMNS.items():
-        value = row.get(name)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            continue
-        if not _is_of(kind, value):
-            raise ValueError(f"{where}: {name} is {inert(value)!r}, not of type {kind}")
+    if fault := records.fault(row):
+        raise ValueError(f"{where}: {fault}")
     for name, known in (("status", records.STATUSES), ("mode", records.MODES)):
         if row.get(name) not in known:
             raise ValueError(
-                f"{where}: {name} {inert(row.get(name))!r} is none of {', '.join(known)}"
+                f"{where}: {name} {inert.line(row.get(name))!r} is none of {', '.join(known)}"
             )
     for name in ("kernel", "target"):
         if row.get(name) is None:
@@ -192,63 +168,8 @@ def _check(where: str, row: dict[str, Any]) -> None:
                     "compare them apart"
                 )
     time = row.get("time_us")
-    if time is not None and not _is_time(time):
-        raise ValueError(f"{where}: time_us is {inert(time)}, not a time")
-    for name, whole in (("samples_us", _are_samples), ("made_by", _is_made_by)):
-        if (value := row.get(name)) is not None and not whole(value):
-            raise ValueError(f"{where}: {name} is damaged: {inert(value[:60])}")
-
-
-def _is_of(kind: str, value: Any) -> bool:
-    """Say whether a column can hold a value."""
-    if isinstance(value, str):
-        return kind == "string" and not _HALF.search(value)
-    # To Python True is a number.
-    if not isinstance(value, _PYTHON[kind]) or (kind != "boolean" and isinstance(value, bool)):
-        return False
-    return not isinstance(value, int) or abs(value) < 2**63
-
-
-def _is_time(us: Any) -> bool:
-    return type(us) in (int, float) and _SHORTEST_US <= us <= _LONGEST_US
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _are_samples(text: str) -> bool:
-    """Say whether a text is rounds of times."""
-    rounds = _parsed(text)
-    return (
-        isinstance(rounds, list)
-        and bool(rounds)
-        and all(isinstance(of, list) and of for of in rounds)
-        and all(_is_time(us) for of in rounds for us in of)
-    )
-
-
-def _is_made_by(text: str) -> bool:
-    return isinstance(_parsed(text), dict)
-
-
-def inert(value: Any, most: int = 300) -> str:
-    """Make a value one line that commands neither a terminal nor a CI job.
-
-    Control characters go, and those that turn the direction of writing; so do the starts of
-    GitHub's and Azure's log commands, ``::`` and ``##[``.
-    """
-    import pandas as pd
-
-    if pd.api.types.is_scalar(value) and pd.isna(value):
-        return "-"
-    shown = "".join(
-        " " if unicodedata.category(c)[0] in "CZ" else c for c in str(value)[:most]
-    ).strip()
-    return shown.replace("::", ": :").replace("##[", "## [") or "-"
+    if time is not None and not records.is_time(time):
+        raise ValueError(f"{where}: time_us is {inert.line(time)}, not a time")
 
 
 def listed(values: Iterable[str], most: int = 5) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__, disk, interrupts
+from . import __version__, disk, inert, interrupts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,17 @@ _memory = click.option(
 )
 
 
+def _say(said: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print; what others wrote, in rows, files or paths, commands no terminal and no CI job."""
+    click.echo(inert.printed(str(said)), err=err, nl=nl)
+
+
+def _say_what_runs(what: str) -> None:
+    """Name code that is about to run and is not moelab's: a file of rows is only read."""
+    if not Path(what).resolve().is_relative_to(Path(__file__).resolve().parent):
+        _say(f"moelab runs {inert.line(what)}", err=True)
+
+
 _dask = click.option(
     "--dask",
     metavar="ADDRESS",
@@ -117,7 +128,7 @@ class _DiskFull(click.ClickException):
 class _Interruptible(click.Group):
     """Ends with 130 after Ctrl-C and 143 after SIGTERM, as a shell expects, and says what is kept.
 
-    With 4 where a disk is full, be it the one that stdout goes to.
+    Errors are inert. With 4 where a disk is full, be it the one that stdout goes to.
     """
 
     def invoke(self, context: click.Context) -> Any:
@@ -128,8 +139,12 @@ class _Interruptible(click.Group):
                 finally:
                     # Python itself would do so after there is an exit code.
                     sys.stdout.flush()
+            except click.ClickException as error:
+                # Final to a type checker, as nobody else's exception should be changed.
+                error.message = inert.printed(error.message)  # type: ignore[misc]
+                raise
             except KeyboardInterrupt as stopped:
-                click.echo(f"\n{str(stopped) or 'interrupted'}", err=True)
+                _say(f"\n{str(stopped) or 'interrupted'}", err=True)
                 raise SystemExit(128 + ended.by) from None
             except OSError as error:
                 if not disk.is_full(error):
@@ -241,7 +256,7 @@ def sweep(
         if export is not None:
             records.export(rows, export)
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
         _show(rows)
         _show_maps(told)
@@ -257,13 +272,14 @@ def _wrong_use() -> Iterator[None]:
     from .cluster import ClusterError, ClusterLostError
     from .launches import LaunchError
     from .parameters import ParameterError
+    from .records import UnreadableError
     from .toolchain import ToolchainError
 
     try:
         yield
     except ClusterLostError as error:
         raise _ClusterLost(str(error)) from None
-    except (ParameterError, LaunchError) as error:
+    except (ParameterError, LaunchError, UnreadableError) as error:
         raise click.UsageError(str(error)) from None
     except (OSError, ValueError, ToolchainError, MeasureError, ClusterError) as error:
         raise _failed(error) from None
@@ -299,7 +315,7 @@ def _show(rows: pd.DataFrame) -> None:
 
     rows = tables.labelled(rows)
     if len(rows) > _READABLE_ROWS:
-        click.echo(tables.statuses(rows).to_string(index=False))
+        _print(tables.statuses(rows))
     else:
         problem = ["model", "layer", "tp", "m", "x_format", "y_format", "scale_layout"]
         varying = [name for name in problem if rows[name].nunique() > 1]
@@ -311,15 +327,16 @@ def _show(rows: pd.DataFrame) -> None:
 
 
 def _print(table: pd.DataFrame) -> None:
+    table = inert.frame(table)
     # pandas prints <NA> of nullable types whatever `na_rep` says.
-    click.echo(table.astype(object).where(table.notna(), "-").to_string(index=False))
+    _say(table.astype(object).where(table.notna(), "-").to_string(index=False))
 
 
 def _show_maps(told: list[Told]) -> None:
     from . import lds_map
 
     for each in told:
-        click.echo(f"\n{each.title}\n{each.sentence}")
+        _say(f"\n{each.title}\n{each.sentence}")
         if each.map.buffers:
             _print(lds_map.table(each.map.buffers))
 
@@ -327,10 +344,10 @@ def _show_maps(told: list[Told]) -> None:
 def _remarks(rows: pd.DataFrame) -> None:
     """Say on stderr what a table has no room for."""
     if (rows["mode"].isin(["lds", "map"]) & (rows["method"] == "full")).any():
-        click.echo("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
+        _say("\nThis Triton's lowering was not checked: kernels compiled in full.", err=True)
     failed = rows[~rows["status"].isin(["ok", "out_of_lds", "out_of_tmem"])]
     for reason in failed["reason"].unique()[:3]:
-        click.echo(f"\n{reason}", err=True)
+        _say(f"\n{reason}", err=True)
 
 
 def _as_sweep_has(*names: str) -> Callable[[click.Command], click.Command]:
@@ -408,6 +425,7 @@ def advise(
         times = None if measured is None else advice.read_measured(measured)
         if launch is not None:
             _refuse_beside("--launch", *_OF_A_MODEL)
+            _say_what_runs(kernel.rpartition(":")[0])
             asked: Sequence[Question] = plan.launches(
                 kernel,
                 launch,
@@ -586,7 +604,7 @@ def measure(
                 jobs=jobs,
                 **({"rounds": rounds} if _was_given("rounds") else {}),
             )
-            click.echo(regress.as_json(compared) if as_json else regress.text(compared))
+            _say(inert.json(regress.as_json(compared)) if as_json else regress.text(compared))
             raise SystemExit(compared.exit_code)
         if names := others.named(peers):
             asked = [replace(of, problem=others.plain(of.problem)) for of in asked]
@@ -606,11 +624,11 @@ def measure(
         if export is not None:
             records.export(rows, export)
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
         _print(measurements.table(rows))
         _remarks(rows)
-    click.echo("\n" + measurements.tally(rows), err=as_json)
+    _say("\n" + measurements.tally(rows), err=as_json)
 
 
 def _was_given(name: str) -> bool:
@@ -731,6 +749,7 @@ def tune(
       moelab tune --kernel moe_gemm_a8w8 --model "Qwen3-235B-A22B" --out tuned/tuned_sm_90.json
     """
     from . import bench, records, tune, tuned
+    from . import targets as targets_
 
     with _wrong_use():
         if measured is None:
@@ -747,17 +766,18 @@ def tune(
             if rows["target"].nunique() != 1:
                 there = ", ".join(rows["target"].unique()) or "none"
                 raise ValueError(f"{measured}: measured rows of one target are wanted, not {there}")
-            target = rows["target"].iloc[0]
+            # What rows say is part of the file's name.
+            target = targets_.get(rows["target"].iloc[0]).name
             path = _tuned_path(target, out)
         if export is not None:
             records.export(rows, export)
         tuned.save(tuned.winners(rows), target, path)
         gains = tuned.gains(rows)
     if as_json:
-        click.echo(gains.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(gains.to_json(orient="records", lines=True)), nl=False)
     else:
         _print(tuned.mean_gains(gains).round(2))
-        click.echo(f"\n{path}", err=True)
+        _say(f"\n{path}", err=True)
 
 
 def _tuned_path(target: str, out: Path | None) -> Path:
@@ -787,18 +807,18 @@ def _propose(base: pd.Series, ranked: pd.DataFrame, as_json: bool) -> None:
     if as_json:
         rows = pd.concat([tables.labelled(base.to_frame().T), ranked])
         rows = rows.drop(columns=tables.ASYNC_COPY)
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
         return
-    click.echo(advice.verdict(ranked, base))
+    _say(advice.verdict(ranked, base))
     if len(ranked):
         if not pd.isna(base["model"]):
-            click.echo("Of {model}, layer {layer}, TP {tp}, M {m}:".format(**base))
+            _say("Of {model}, layer {layer}, TP {tp}, M {m}:".format(**base))
         shown = ["changed", "tile", "num_warps", "num_stages", tables.ASYNC_COPY, "lds_bytes"]
         shown += ["free_bytes", "registers", "spilled_registers", "workgroups_per_cu"]
         shown += ["warps_per_simd", "expected_cost", "measured_time_us", "ordered_by"]
-        table = ranked[shown].dropna(axis="columns", how="all")
-        click.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
-    click.echo()
+        table = inert.frame(ranked[shown]).dropna(axis="columns", how="all")
+        _say(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    _say()
 
 
 @app.command()
@@ -832,6 +852,9 @@ def lds(
 ) -> None:
     """Tell the exact LDS of anybody's kernel, without a GPU.
 
+    It runs the file that the kernel is in, as importing it does: give none that you would not
+    run. LAUNCH.json is only read.
+
     KERNEL is a triton.jit function, autotuned or not, in a file or as package.module:KERNEL.
     LAUNCH.json gives every parameter a type or a constant:
 
@@ -846,13 +869,14 @@ def lds(
     """
     from . import plan, tables
 
+    _say_what_runs(kernel.rpartition(":")[0])
     with _wrong_use():
         questions = plan.launches(
             kernel, launch, targets=target, stages=stages, warps=warps, async_copy=async_copy
         )
         rows, told = _asked(questions, tritons, store, full, maps, jobs, memory)
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
         _print(tables.of_launches(rows))
         _remarks(rows)
@@ -885,7 +909,7 @@ def report(notebook: str, parameters: tuple[tuple[str, str], ...], out: Path, na
         raise click.UsageError(str(error)) from None
     except (OSError, report_.ReportError) as error:
         raise _failed(error) from None
-    click.echo(html)
+    _say(html)
 
 
 def _value(text: str) -> Any:
@@ -923,7 +947,7 @@ def install(versions: tuple[str, ...]) -> None:
     for version in versions:
         with _wrong_use():
             chosen = toolchain.install(version)
-        click.echo(f"triton {version}: {chosen.folder}")
+        _say(f"triton {version}: {chosen.folder}")
 
 
 @toolchain_.command()
@@ -938,7 +962,7 @@ def remove(version: str) -> None:
     from . import toolchain
 
     with _wrong_use():
-        click.echo(f"deleted {toolchain.remove(version)}")
+        _say(f"deleted {toolchain.remove(version)}")
 
 
 @toolchain_.command("list")
@@ -955,7 +979,7 @@ def list_(as_json: bool) -> None:
     for each in (toolchain.find(), *toolchain.installed()):
         where = str(each.folder or "this environment")
         found = {"triton": each.name, "python": each.python, "where": where}
-        click.echo(json.dumps(found) if as_json else f"{each.name:<10} {where}")
+        _say(inert.json(json.dumps(found)) if as_json else f"{each.name:<10} {where}")
 
 
 @app.command()
@@ -985,7 +1009,8 @@ def capture(
 ) -> None:
     """Run a script or tests without a GPU, and tell the LDS of every Triton launch.
 
-    The command runs unchanged, on tensors without values; what it prints goes to stderr.
+    The command runs unchanged and may do whatever it does: give none that you would not run. It
+    runs on tensors without values; what it prints goes to stderr.
     It stops where it reads a value back, and the report says where. Results are not
     compared, and torch.compile is off.
 
@@ -1000,9 +1025,12 @@ def capture(
     Example:
       moelab capture --target gfx950 -- pytest tests/test_moe.py
     """
+    import shlex
+
     from . import capture as capture_
     from . import records
 
+    _say_what_runs(shlex.join(command))
     try:
         captured = capture_.run(command, target, async_copy=async_copy, jobs=jobs)
         rows = capture_.frame(captured.rows)
@@ -1013,10 +1041,10 @@ def capture(
     except OSError as error:
         raise _failed(error) from None
     if as_json:
-        click.echo(rows.to_json(orient="records", lines=True), nl=False)
+        _say(inert.json(rows.to_json(orient="records", lines=True)), nl=False)
     else:
-        click.echo(capture_.table(rows))
-    click.echo(f"\n{capture_.summary(captured)}", err=True)
+        _say(capture_.table(rows))
+    _say(f"\n{capture_.summary(captured)}", err=True)
     if captured.unfit:
         raise SystemExit(1)
     raise SystemExit(3 if captured.exit_code < 0 or not captured.launched else 0)
@@ -1037,12 +1065,12 @@ def targets(as_json: bool) -> None:
 
     if as_json:
         for target in TARGETS.values():
-            click.echo(json.dumps(asdict(target)))
+            _say(json.dumps(asdict(target)))
         return
-    click.echo(f"{'target':<9}{'LDS limit (bytes)':>18}  {'warp':>4}  {'TB/s':>5}  peak TFLOP/s")
+    _say(f"{'target':<9}{'LDS limit (bytes)':>18}  {'warp':>4}  {'TB/s':>5}  peak TFLOP/s")
     for target in TARGETS.values():
         peaks = ", ".join(f"{name} {peak:g}" for name, peak in target.peak_tflops.items())
-        click.echo(
+        _say(
             f"{target.name:<9}{target.lds_limit:>18,}  {target.warp_size:>4}  "
             f"{target.bandwidth_tbps or '-':>5}  {peaks or '-':<38}  {', '.join(target.chips)}"
         )
@@ -1060,7 +1088,7 @@ def doctor(as_json: bool) -> None:
     from . import health
 
     found = health.examine()
-    click.echo(json.dumps(found) if as_json else _lines(found))
+    _say(inert.json(json.dumps(found)) if as_json else _lines(found))
 
 
 def _lines(found: Mapping[str, Any], indent: str = "") -> str:
@@ -1136,10 +1164,10 @@ def export(
     except OSError as error:
         raise _failed(error) from None
     for file, path in zip(files, paths, strict=True):
-        click.echo(path)
+        _say(path)
         if file.left_out:
             reasons = ", ".join(dict.fromkeys(file.left_out.values()))
-            click.echo(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)
+            _say(f"  left out: {', '.join(file.left_out)} ({reasons})", err=True)
 
 
 @app.command()
@@ -1194,9 +1222,9 @@ def compare(
         if markdown is not None:
             disk.replace(markdown, regress.markdown(compared))
     except (ValueError, OSError, report_.ReportError) as error:
-        words = baselines.inert(error, most=2000)
+        words = inert.line(error, inert.LONG)
         if isinstance(error, OSError) and disk.is_full(error):
             raise _DiskFull(words) from None
         raise click.UsageError(words) from None
-    click.echo(regress.as_json(compared) if as_json else regress.text(compared))
+    _say(inert.json(regress.as_json(compared)) if as_json else regress.text(compared))
     raise SystemExit(compared.exit_code)

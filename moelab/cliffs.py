@@ -26,7 +26,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import tables, targets
+from . import inert, tables, targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,6 +272,7 @@ def conclusion(table: pd.DataFrame, sooner: pd.DataFrame, curve: list[str]) -> s
         table: of `steps`.
         sooner: of `quicker`.
     """
+    table, sooner = (inert.frame(of, inert.markdown) for of in (table, sooner))
     compared = table.dropna(subset=[CHANGE])
     falls = compared[compared[CHANGE] < 0]
     look = falls[falls[LOOK]].sort_values(LEFT)

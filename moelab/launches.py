@@ -38,6 +38,9 @@ SCALARS = (
 )
 _EXAMPLE = '"*bf16:16", "i32:16", "fp32", 128, true, null or {"const": "text"}'
 
+# A launch of a hundred parameters has 5,000.
+MOST_BYTES = 1 << 20
+
 
 class LaunchError(ValueError):
     """A launch that does not describe its kernel; the message says what would."""
@@ -82,9 +85,22 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         LaunchError: it can't be read, or isn't of that form; the message shows one that is.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise LaunchError(
+                f"{path} has more than {MOST_BYTES:,} bytes; a launch has a few hundred: give a "
+                "LAUNCH.json"
+            )
+        found = json.loads(text)
+        # Halves of surrogate pairs, which JSON can spell, are no text.
+        json.dumps(found, ensure_ascii=False).encode()
     except OSError as error:
         raise LaunchError(f"{path}: {error.strerror}; give a LAUNCH.json") from None
+    except RecursionError:
+        raise LaunchError(f"{path} is nested too deep for a launch: {_EXAMPLE}") from None
+    except LaunchError:
+        raise
     except ValueError as error:
         raise LaunchError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("args"), dict):

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from . import records, tables
+from . import inert, records, tables
 from .specs import Buffer, LdsMap, Question
 
 if TYPE_CHECKING:
@@ -182,6 +182,11 @@ class Told:
     lds_bytes: int
     lds_limit: int
 
+    @property
+    def markdown(self) -> str:
+        """Title and sentence, of whatever kernel."""
+        return f"**{inert.markdown(self.title)}**: {inert.markdown(self.sentence, inert.LONG)}"
+
 
 def tell(rows: pd.DataFrame, others: pd.DataFrame | None = None) -> list[Told]:
     """Put the maps that rows have into words, each compile's once.
@@ -246,7 +251,7 @@ def _title(row: dict[str, Any]) -> str:
         *([] if switch == "no switch" else [f"async copy {switch}"]),
         f"Triton {row['triton']}",
     ]
-    return ", ".join(parts)
+    return ", ".join(map(inert.line, parts))
 
 
 def to_json(of: LdsMap) -> str:
@@ -260,9 +265,24 @@ def to_json(of: LdsMap) -> str:
 
 
 def from_json(text: str) -> LdsMap:
-    """Read what `to_json` wrote."""
-    fields = json.loads(text)
-    buffers = []
-    for name, operation, line, shape, *numbers in fields["buffers"]:
-        buffers.append(Buffer(name, operation, line, tuple(shape), *numbers))
-    return LdsMap(tuple(buffers), fields["positions"], fields["missing"])
+    """Read what `to_json` wrote; what else a row may have is a map that is missing."""
+    try:
+        fields = json.loads(text)
+        missing = fields["missing"] and inert.line(fields["missing"])
+        buffers = tuple(_buffer(*of) for of in fields["buffers"])
+        return LdsMap(buffers, int(fields["positions"]), missing)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return LdsMap(missing="what the row says of its buffers is damaged")
+
+
+def _buffer(
+    name: str, operation: str, line: str, shape: list[int], dtype: str, copies: int, *others: int
+) -> Buffer:
+    """Make a buffer of what a row says, which somebody else may have written."""
+    sizes = (*shape, *others)
+    if any(type(of) is not int or of < 0 for of in sizes) or type(copies) is not int or copies < 1:
+        raise ValueError
+    name, operation, line, dtype = (
+        inert.line(of) if of else "" for of in (name, operation, line, dtype)
+    )
+    return Buffer(name, operation, line, tuple(shape), dtype, copies, *others)

@@ -9,7 +9,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from . import records, tables
+from . import inert, records, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,6 +112,7 @@ def tally(rows: pd.DataFrame) -> str:
     Returns:
         a sentence a line.
     """
+    rows = inert.frame(rows)
     ours, timed = rows[rows["peer"].isna()], rows.dropna(subset=["time_us"])
     loaded = ours.dropna(subset=["loaded_lds_bytes"])
     launched = ours["loaded_lds_bytes"].notna() | (ours["status"] == "launch_error")
@@ -152,7 +153,7 @@ def tally(rows: pd.DataFrame) -> str:
 
 
 def made_by(rows: pd.DataFrame) -> str:
-    """Name what measured rows were made with: all that differs, and from when to when.
+    """Name in Markdown what measured rows were made with: all that differs, from when to when.
 
     Args:
         rows: of `bench.measure`.
@@ -163,7 +164,7 @@ def made_by(rows: pd.DataFrame) -> str:
         values = sorted({str(each[name]) for each in said if name in each})
         if name == "date":
             values = [" to ".join(dict.fromkeys([values[0], values[-1]]))]
-        told.append(f"{name} {', '.join(values)}")
+        told.append(f"{inert.markdown(name)} {', '.join(map(inert.markdown, values))}")
     return "Measured with " + "; ".join(told)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import inert
 from .disk import DiskFullError as DiskFullError
 from .disk import make_folder, replace, sync_folder
 from .disk import room_at as room_at
@@ -184,6 +185,101 @@ def row(values: Iterable[Any]) -> dict[str, Any]:
     return {name: value for name, value in named if value is not None}
 
 
+# What a file of rows may be, whoever wrote it. The longest line of a sweep with maps has 20 KiB,
+# 1000 rounds of 100 samples 800; 1254 measured rows are an export of 0.2 MiB.
+MOST_LINE_BYTES = 4 << 20
+MOST_FILE_BYTES = 256 << 20
+MOST_ROWS = 1 << 20
+MOST_DECODED_BYTES = 1 << 30
+
+# No launch is over in less than a nanosecond, or takes eleven days.
+_SHORTEST_US, _LONGEST_US = 1e-3, 1e12
+
+_PYTHON: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "Int64": int,
+    "boolean": bool,
+    "Float64": (int, float),
+}
+
+# Half of a surrogate pair: JSON can spell it, and it is no text.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+class UnreadableError(ValueError):
+    """A file that is no file of rows, or more than is read; the message says what would be."""
+
+
+def require_readable(path: Path) -> Path:
+    """Refuse a file that is too large to be read whole.
+
+    Raises:
+        UnreadableError: it has more than `MOST_FILE_BYTES`.
+        OSError: there is none.
+    """
+    if (size := path.stat().st_size) > MOST_FILE_BYTES:
+        raise UnreadableError(
+            f"{path} has {size:,} bytes; files of up to {MOST_FILE_BYTES:,} are read: export "
+            "fewer rows to one"
+        )
+    return path
+
+
+def fault(row: Mapping[str, Any]) -> str:
+    """Say what a row says that no row says: values of other types, JSON that is none.
+
+    Returns:
+        the first of it in words, ``""`` where there is nothing.
+    """
+    for name, kind in COLUMNS.items():
+        value = row.get(name)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        if not _is_of(kind, value):
+            return f"{name} is {inert.line(value)!r}, not of type {kind}"
+    for name, whole in (("samples_us", _are_samples), ("made_by", _is_object)):
+        if (value := row.get(name)) is not None and not whole(value):
+            return f"{name} is damaged: {inert.line(value[:60])}"
+    return ""
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Say whether a column can hold a value."""
+    if isinstance(value, str):
+        return kind == "string" and not _HALF.search(value)
+    # To Python True is a number.
+    if not isinstance(value, _PYTHON[kind]) or (kind != "boolean" and isinstance(value, bool)):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
+def is_time(us: Any) -> bool:
+    """Say whether a launch can take so many microseconds."""
+    return type(us) in (int, float) and _SHORTEST_US <= us <= _LONGEST_US
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _are_samples(text: str) -> bool:
+    """Say whether a text is rounds of times."""
+    rounds = _parsed(text)
+    return (
+        isinstance(rounds, list)
+        and bool(rounds)
+        and all(isinstance(of, list) and of for of in rounds)
+        and all(is_time(us) for of in rounds for us in of)
+    )
+
+
+def _is_object(text: str) -> bool:
+    return isinstance(_parsed(text), dict)
+
+
 # From this schema on a line without a checksum is a damaged one.
 _CHECKED_SINCE = 6
 
@@ -280,13 +376,6 @@ def decode(line: bytes) -> dict[str, Any]:
     return row
 
 
-# Of a column, by its type.
-_TYPES: dict[str, Any] = {"string": str, "Int64": int, "boolean": bool, "Float64": (int, float)}
-
-# A map of a few hundred buffers has 50,000.
-_MOST_CHARACTERS = 1 << 20
-
-
 def check_answer(answer: Any) -> None:
     """Refuse what another machine gave for an answer, a row's second half, and is none.
 
@@ -298,29 +387,25 @@ def check_answer(answer: Any) -> None:
         raise ValueError(f"no answer has a column {key!r}")
 
 
-def check_row(answer: Any) -> None:
+def check_row(row: Any) -> None:
     """Refuse what another machine gave for a row, or a part of one, and is none.
 
     Raises:
-        ValueError: a column that no row has, or a value that the column can't have.
+        ValueError: a column that no row has, a value that the column can't have, or too many.
     """
-    if not isinstance(answer, dict):
-        raise ValueError(f"expected columns and values, not {type(answer).__name__}")
-    if answer.get("status") not in STATUSES or answer.get("schema") != SCHEMA_VERSION:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected columns and values, not {type(row).__name__}")
+    if row.get("status") not in STATUSES or row.get("schema") != SCHEMA_VERSION:
         raise ValueError(
-            f"status {answer.get('status')!r} of schema {answer.get('schema')!r}; expected schema "
-            f"{SCHEMA_VERSION} and one of {', '.join(STATUSES)}"
+            f"status {inert.line(row.get('status'))!r} of schema {inert.line(row.get('schema'))}; "
+            f"expected schema {SCHEMA_VERSION} and one of {', '.join(STATUSES)}"
         )
-    for name, value in answer.items():
-        if name not in COLUMNS:
-            raise ValueError(f"no row has a column {str(name)[:60]!r}")
-        right = isinstance(value, _TYPES[COLUMNS[name]])
-        if isinstance(value, bool) and COLUMNS[name] != "boolean":
-            right = False
-        if isinstance(value, str) and len(value) > _MOST_CHARACTERS:
-            right = False
-        if value is not None and not right:
-            raise ValueError(f"{name} is {str(value)[:60]!r}, which is no {COLUMNS[name]}")
+    if unknown := [name for name in row if name not in COLUMNS]:
+        raise ValueError(f"no row has a column {inert.line(unknown[0])!r}")
+    if words := fault(row):
+        raise ValueError(words)
+    if (size := len(encode(row))) > MOST_LINE_BYTES:
+        raise ValueError(f"a row of {size:,} bytes; they have up to {MOST_LINE_BYTES:,}")
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,17 +437,24 @@ def lines(store: Path) -> Iterator[Line]:
     """Read every line of a store's journals, but for the damaged ones that were set aside."""
     for path in sorted(store.glob("*.jsonl")):
         known = _beside(path)
-        aside = set(known.read_bytes().split(b"\n")) if known.exists() else set()
-        # Not `splitlines`, to which a flipped bit may be the end of a line.
-        texts = path.read_bytes().split(b"\n")
-        if not texts[-1]:
-            texts.pop()
-        for number, text in enumerate(texts, start=1):
+        aside = set(_texts(known)) if known.exists() else set()
+        for number, text in enumerate(_texts(path), start=1):
             try:
                 yield Line(path, number, text, decode(text))
             except ValueError as error:
                 if text not in aside:
                     yield Line(path, number, text, damage=str(error))
+
+
+def _texts(path: Path) -> Iterator[bytes]:
+    """Read a file line by line; of one that is too long for a row its first 64 bytes."""
+    # A file's lines end with a line feed alone: to `splitlines` a flipped bit may end one.
+    with path.open("rb") as file:
+        while text := file.readline(MOST_LINE_BYTES):
+            rest = text
+            while len(rest) == MOST_LINE_BYTES and not rest.endswith(b"\n"):
+                text, rest = text[:64], file.readline(MOST_LINE_BYTES)
+            yield text.removesuffix(b"\n")
 
 
 def _beside(journal: Path) -> Path:
@@ -394,7 +486,8 @@ def journalled(store: Path, *, aside: bool = False) -> Iterator[dict[str, Any]]:
             done = "left out"
             if aside and _set_aside(line):
                 done = f"set aside in {_beside(line.path).name}"
-            warnings.warn(f"{line.path}:{line.number} is {line.damage}; {done}", stacklevel=2)
+            where = inert.line(f"{line.path}:{line.number}", inert.LONG)
+            warnings.warn(f"{where} is {line.damage}; {done}", stacklevel=2)
             continue
         schema = line.row["schema"]
         if schema > SCHEMA_VERSION:
@@ -402,6 +495,10 @@ def journalled(store: Path, *, aside: bool = False) -> Iterator[dict[str, Any]]:
                 f"{line.path}:{line.number} has schema {schema}; this moelab reads up to "
                 f"{SCHEMA_VERSION}: upgrade moelab, or choose another store"
             )
+        if wrong := fault(line.row):
+            where = inert.line(f"{line.path}:{line.number}", inert.LONG)
+            warnings.warn(f"{where} is no row: {wrong}; left out", stacklevel=2)
+            continue
         yield _since(schema) | line.row
 
 
@@ -443,16 +540,23 @@ def read(path: Path | str) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is nothing at ``path``; the message says what would be.
-        ValueError: an export is damaged or lacks columns, or a later moelab wrote the rows.
+        UnreadableError: an export is damaged, lacks columns, or has values that no row has.
+        ValueError: a later moelab wrote the rows.
     """
     path = Path(path)
     if path.suffix == ".parquet" and path.is_file():
-        table = stored(path).to_pandas()
+        stored_rows = stored(path)
+        for number, row in enumerate(rows_of(stored_rows), start=1):
+            if wrong := fault(row):
+                raise UnreadableError(f"{path}, row {number}: {wrong}")
+        table = stored_rows.to_pandas()
         if "schema" in table and len(table):
             unsaid = _since(table["schema"].max())
             table = table.assign(**{n: v for n, v in unsaid.items() if n not in table})
         if missing := [name for name in COLUMNS if name not in table]:
-            raise ValueError(f"{path} has no column {', '.join(missing)}: not an export of moelab")
+            raise UnreadableError(
+                f"{path} has no column {', '.join(missing)}: not an export of moelab"
+            )
         if len(table) and table["schema"].max() > SCHEMA_VERSION:
             raise ValueError(
                 f"{path} has schema {table['schema'].max()}; this moelab reads up to "
@@ -470,20 +574,51 @@ def stored(path: Path) -> pa.Table:
     """Read an export as it lies there, held against its checksums.
 
     Raises:
-        ValueError: it is damaged, or no Parquet.
+        UnreadableError: it is damaged, no Parquet, or larger than rows are; what it claims is
+            looked at before it is read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    written = path.read_bytes()
+    written = require_readable(path).read_bytes()
     # Whoever else writes Parquet seals nothing, as earlier moelabs did.
     if _SEAL in written and _sealed(written) != written:
-        raise ValueError(f"{path}: not the file that was written: its checksum is another")
+        raise UnreadableError(f"{path}: not the file that was written: its checksum is another")
     try:
-        return pq.read_table(pa.BufferReader(written), page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(written), page_checksum_verification=True)
+        return pa.Table.from_batches(_batches(path, file), file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as Parquet: {reason}") from None
+        raise UnreadableError(f"{path}: not readable as Parquet: {reason}") from None
+
+
+def _batches(path: Path, file: Any) -> Iterator[Any]:
+    """Read a Parquet file piece by piece, as far as it has a place among files of rows.
+
+    A file of a kilobyte can hold one text a billion times.
+    """
+    of = file.metadata
+    claimed = sum(of.row_group(at).total_byte_size for at in range(of.num_row_groups))
+    if of.num_rows > MOST_ROWS or claimed > MOST_DECODED_BYTES:
+        raise UnreadableError(
+            f"{path} claims {of.num_rows:,} rows in {claimed:,} bytes; up to {MOST_ROWS:,} rows "
+            f"in {MOST_DECODED_BYTES:,} bytes are read: export fewer rows to one file"
+        )
+    taken = 0
+    for batch in file.iter_batches(batch_size=256):
+        taken += batch.get_total_buffer_size()
+        if taken > MOST_DECODED_BYTES:
+            raise UnreadableError(
+                f"{path} has more than the {MOST_DECODED_BYTES:,} bytes that are read: export "
+                "fewer rows to one file"
+            )
+        yield batch
+
+
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Give the rows of an export, not all of them at once."""
+    for batch in table.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
 
 
 # A note in an export's footer: its name, then the checksum of the whole file.

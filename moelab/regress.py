@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import paired_rounds, records, tables
-from .baselines import inert, listed
+from . import inert, paired_rounds, records, tables
+from .baselines import listed
 from .paired_rounds import LOOKS, THRESHOLD
 
 if TYPE_CHECKING:
@@ -65,9 +65,6 @@ _WORSE_LESS = ("workgroups_per_cu", "warps_per_simd")
 RESOURCES = ("lds_bytes", "registers", *_WORSE_MORE, *_WORSE_LESS)
 
 _LISTED = 30
-
-# What would end a code span, or a table's cell.
-_IN_CODE = str.maketrans({"`": "'", "|": "\N{BROKEN BAR}"})
 
 
 @dataclass(frozen=True)
@@ -437,7 +434,7 @@ def overall(comparison: Comparison) -> tuple[float, float, float] | None:
     return math.exp(mean), math.exp(mean - margin), math.exp(mean + margin)
 
 
-def sentences(comparison: Comparison, quoted: Callable[[Any], str] = inert) -> list[str]:
+def sentences(comparison: Comparison, quoted: Callable[[Any], str] = inert.line) -> list[str]:
     """Sum a comparison up: cells, speed, what these rounds can find, what else differs.
 
     Args:
@@ -543,12 +540,12 @@ def text(comparison: Comparison) -> str:
     lines = [f"{comparison.verdict}", *sentences(comparison)]
     moved = table(comparison)
     if len(moved):
-        shown = moved.head(_LISTED).map(inert)
+        shown = moved.head(_LISTED).map(inert.line)
         lines += ["", shown.to_string(index=False)]
         if len(moved) > _LISTED:
             lines.append(f"and {len(moved) - _LISTED} more; --json has every cell")
     for title, rows in _one_sided(comparison):
-        lines += ["", title, rows.head(_LISTED).map(inert).to_string(index=False)]
+        lines += ["", title, rows.head(_LISTED).map(inert.line).to_string(index=False)]
         if len(rows) > _LISTED:
             lines.append(f"and {len(rows) - _LISTED} more")
     return "\n".join(lines)
@@ -560,7 +557,7 @@ def markdown(comparison: Comparison) -> str:
     Whatever comes from rows stands in code spans: it makes no link, mention, tag or cell.
     """
     lines = [f"## moelab compare: {comparison.verdict}", ""]
-    lines += [f"- {sentence}" for sentence in sentences(comparison, _code)]
+    lines += [f"- {sentence}" for sentence in sentences(comparison, inert.code)]
     moved = table(comparison)
     if len(moved):
         lines += ["", *_markdown_table(moved)]
@@ -582,15 +579,10 @@ def _one_sided(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
 def _markdown_table(rows: pd.DataFrame) -> list[str]:
     lines = [" | ".join(("", *rows.columns, "")).strip(), "|---" * rows.shape[1] + "|"]
     for row in rows.head(_LISTED).itertuples(index=False):
-        lines.append("| " + " | ".join(map(_code, row)) + " |")
+        lines.append("| " + " | ".join(map(inert.code, row)) + " |")
     if len(rows) > _LISTED:
         lines += ["", f"and {len(rows) - _LISTED} more"]
     return lines
-
-
-def _code(value: Any) -> str:
-    """Write a value as a code span that may stand in a table."""
-    return f"`{inert(value).translate(_IN_CODE)}`"
 
 
 def as_json(comparison: Comparison) -> str:

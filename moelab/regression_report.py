@@ -1,7 +1,7 @@
 """A comparison told to people: the verdict in figures, what moved, who made both sides.
 
 Comparisons of `regress` in, frames and HTML out; no compiler, no GPU. What comes from rows is
-made one line (`baselines.inert`) and escaped: a name commands nothing.
+made one line (`inert.line`) and escaped: a name commands nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cliffs, published, records, regress, tables, trade
-from .baselines import inert, listed
+from . import cliffs, inert, published, records, regress, tables, trade
+from .baselines import listed
 from .parameters import ParameterError
 from .regress import PAIRED, SINGLE, Comparison
 
@@ -122,13 +122,13 @@ def headline(compared: Comparison, case: Case) -> HTML:
         for figure, label in _figures(compared)
     )
     beware = "".join(f"<li>{escape(warning)}</li>" for warning in warnings(compared))
-    title = f'<p class="verdict-title">{escape(inert(case.title))}</p>' if case.title else ""
+    title = f'<p class="verdict-title">{escape(inert.line(case.title))}</p>' if case.title else ""
     return HTML(
         f'<div class="verdict {compared.verdict}">'
         f'<p class="verdict-word">{compared.verdict}</p>{title}'
         f'<dl class="figures">{figures}</dl>'
-        f"<p>Candidate <code>{escape(inert(case.candidate))}</code> "
-        f"against baseline <code>{escape(inert(case.baseline))}</code></p>"
+        f"<p>Candidate <code>{escape(inert.line(case.candidate))}</code> "
+        f"against baseline <code>{escape(inert.line(case.baseline))}</code></p>"
         + (f'<ul class="beware">{beware}</ul>' if beware else "")
         + "</div>"
     )
@@ -168,8 +168,8 @@ def warnings(compared: Comparison) -> list[str]:
     said = []
     subjects: dict[str, str] = {}
     for name, (was, now) in compared.differs.items():
-        subject = _SUBJECTS.get(name, inert(name, _NAME).removeprefix("made by: "))
-        subjects.setdefault(subject, f"{inert(was, _NAME)} against {inert(now, _NAME)}")
+        subject = _SUBJECTS.get(name, inert.line(name, _NAME).removeprefix("made by: "))
+        subjects.setdefault(subject, f"{inert.line(was, _NAME)} against {inert.line(now, _NAME)}")
     # Cells of two runs are advisory already; what a side was asked for is what is compared.
     for known in ("run", "ab"):
         subjects.pop(known, None)
@@ -190,7 +190,7 @@ def warnings(compared: Comparison) -> list[str]:
     if any(times):
         reasons = {each for why in held for text in why.dropna() for each in text.split(",")}
         said.append(
-            f"The GPU held its clocks down ({inert(listed(reasons - {''}), _NAME)}) during "
+            f"The GPU held its clocks down ({inert.line(listed(reasons - {''}), _NAME)}) during "
             f"{times[0]} of the baseline's {len(held[0])} times and {times[1]} of the candidate's."
         )
     unknown = max(int(why.isna().sum()) for why in held)
@@ -272,7 +272,7 @@ def summary(compared: Comparison) -> pd.DataFrame:
         found.append(told)
     table = pd.DataFrame(found)
     counts = [name for name in ("slower", "faster", "inconclusive", "timed") if name in table]
-    return plain(table.astype(dict.fromkeys(counts, "Int64")))
+    return inert.frame(table.astype(dict.fromkeys(counts, "Int64")))
 
 
 def worst(compared: Comparison, most: int = 6) -> pd.DataFrame:
@@ -327,7 +327,7 @@ def moved(compared: Comparison) -> pd.DataFrame:
             pair = pd.Series([of[name] for of in sides], index=["was", "is"])
             told[said] = None if pair.isna().any() or pair.nunique() == 1 else _from_to(pair)
         found.append(told)
-    return plain(pd.DataFrame(found)).dropna(axis="columns", how="all")
+    return inert.frame(pd.DataFrame(found)).dropna(axis="columns", how="all")
 
 
 def cell_in_words(cell: Mapping[str, Any]) -> str:
@@ -338,7 +338,7 @@ def cell_in_words(cell: Mapping[str, Any]) -> str:
     words += [f"M {there['m']}"] if "m" in there else []
     words += [str(there["tile"])] if "tile" in there else []
     words += [tables.SUMS[True]] if there.get("fast_accum") is True else []
-    return ", ".join(inert(word, _NAME) for word in words)
+    return ", ".join(inert.line(word, _NAME) for word in words)
 
 
 def _ratio(cell: Mapping[str, Any]) -> str | None:
@@ -386,12 +386,12 @@ def fits(compared: Comparison) -> pd.DataFrame:
             "cells": ("m", "size"),
             "M from": ("m", "min"),
             "to": ("m", "max"),
-            "models": ("model", lambda names: listed(map(inert, names.dropna().unique()))),
+            "models": ("model", lambda names: listed(map(inert.line, names.dropna().unique()))),
         }
     )
     table = tables.in_tile_order(table.reset_index())
     order = table["became"].map((LOST, NEITHER, GAINED).index)
-    return plain(table.loc[order.sort_values(kind="stable").index].reset_index(drop=True))
+    return inert.frame(table.loc[order.sort_values(kind="stable").index].reset_index(drop=True))
 
 
 def one_sided(compared: Comparison) -> pd.DataFrame:
@@ -418,7 +418,7 @@ def one_sided(compared: Comparison) -> pd.DataFrame:
             "statuses": ("status", lambda found: listed(found.unique())),
         }
     )
-    return plain(table.reset_index())
+    return inert.frame(table.reset_index())
 
 
 def _alone(compared: Comparison) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -458,16 +458,11 @@ def resources(compared: Comparison) -> pd.DataFrame:
                     "largest fall": _from_to(pair.loc[fall]) if change[fall] < 0 else None,
                 }
             )
-    return plain(pd.DataFrame(found))
+    return inert.frame(pd.DataFrame(found))
 
 
 def _from_to(pair: Any) -> str:
     return f"{pair['was']:,} -> {pair['is']:,}"
-
-
-def plain(table: pd.DataFrame) -> pd.DataFrame:
-    """Make every text of a table one line that commands nothing; missing values stay."""
-    return table.map(lambda value: inert(value) if isinstance(value, str) else value)
 
 
 # Along M.
@@ -548,7 +543,9 @@ def flagged(steps: pd.DataFrame) -> pd.DataFrame:
         was, now = step["configuration (was)"], step["configuration"]
         found.append(
             {
-                "curve": ", ".join(inert(cliffs.in_words(of, step[of]), _NAME) for of in inner),
+                "curve": ", ".join(
+                    inert.line(cliffs.in_words(of, step[of]), _NAME) for of in inner
+                ),
                 "M": f"{step['m (was)']:,.0f} -> {step['m']:,}",
                 "TFLOP/s": f"{step['tflops (was)']:,.0f} -> {step['tflops']:,.0f}",
                 cliffs.CHANGE: f"{step[cliffs.CHANGE]:+.1f}",
@@ -559,7 +556,7 @@ def flagged(steps: pd.DataFrame) -> pd.DataFrame:
                 SOURCE: step[SOURCE],
             }
         )
-    return plain(pd.DataFrame(found))
+    return inert.frame(pd.DataFrame(found))
 
 
 def of_falls(steps: pd.DataFrame) -> HTML:
@@ -609,7 +606,7 @@ def provenance(compared: Comparison) -> pd.DataFrame:
     # Clocks never agree to the last MHz: they differ where `regress` says so.
     same = "clock_mhz" not in compared.differs
     alike = (table[BASELINE] == table[CANDIDATE]) | (table["what"].isin(_SENSED) & same)
-    return plain(table.assign(differs=alike.map({False: "differs", True: None})))
+    return inert.frame(table.assign(differs=alike.map({False: "differs", True: None})))
 
 
 def _made(rows: pd.DataFrame) -> dict[str, str]:

@@ -7,6 +7,8 @@ The file holds its figures, styles and scripts: it opens offline, from a mail.
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import logging
 import os
 import re
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import disk
+from . import disk, inert
 from .parameters import ParameterError, assignments, parameters_of, unknown_parameters
 
 _HERE = Path(__file__).resolve().parent
@@ -55,7 +57,7 @@ def render(
         parameters: values of the notebook's parameters, by name: None, bool,
             int, float, str, Path, or list, tuple and dict of these.
         out_dir: folder of ``<name>.ipynb`` (executed) and ``<name>.html``.
-        name: of both files; if empty, the notebook's stem.
+        name: of both files, as `inert.is_file_name` has it; if empty, the notebook's stem.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -68,6 +70,11 @@ def render(
         ReportError: a cell failed; both files hold what was done before. Or
             ``out_dir`` is the notebook's own folder; nothing ran.
     """
+    if name and not inert.is_file_name(name):
+        raise ParameterError(
+            f"{name!r} is no name of a report's files: give letters, digits, '.', '_' and '-', at "
+            "most 64, such as gfx942_stages; --out says in which folder"
+        )
     source = find(notebook)
     values = _checked(source, parameters)
     out_dir = Path(out_dir)
@@ -204,7 +211,7 @@ def to_html(executed_ipynb: Path, html: Path) -> Path:
 
     executed_ipynb, html = Path(executed_ipynb), Path(html)
     nb = nbformat.read(executed_ipynb, as_version=4)
-    facts = _facts(nb, executed_ipynb.stem)
+    facts = _facts(nb, executed_ipynb.stem) | {"script": _hash_of_script()}
     exporter = HTMLExporter(
         template_name="template",
         extra_template_basedirs=[str(_HERE)],
@@ -239,8 +246,15 @@ def to_html(executed_ipynb: Path, html: Path) -> Path:
         },
     }
     body, _ = exporter.from_notebook_node(nb, resources)
-    disk.replace(html, _finish(body))
+    disk.replace(html, inert.page(_finish(body)))
     return html
+
+
+def _hash_of_script() -> str:
+    """Name the report's one script as its policy does: any other does not run."""
+    # As `include_js` writes it between the tags.
+    script = "\n" + (_HERE / "template" / "report.js").read_text(encoding="utf-8")
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def available() -> dict[str, Path]:
@@ -431,6 +445,10 @@ def _finish(html: str) -> str:
         for toc in soup.select(".toc"):
             toc.decompose()
         soup.body["class"] = [*soup.body.get("class", []), "no-toc"]
+    # A policy does not hold a page back from another address, or from looking one up; Chromium
+    # connects to a frame's before it refuses the frame.
+    for tag in soup.select("main :is(meta, link, base, iframe, object, embed)"):
+        tag.decompose()
     # pandas repeats this style with each table, and `scoped` is no longer a thing.
     for style in soup.select(".outputs style[scoped]"):
         style.decompose()

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import measurements, records, tables
+from . import inert, measurements, records, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,9 @@ def because(table: pd.DataFrame, reasons: Path | None) -> pd.Series:
     """
     import pandas as pd
 
-    lines = pd.read_csv(reasons, dtype="string").to_dict("records") if reasons else []
+    lines = []
+    if reasons:
+        lines = pd.read_csv(records.require_readable(reasons), dtype="string").to_dict("records")
     found = []
     for cell in table[CELL].astype("string").to_dict("records"):
         fits = [
@@ -199,7 +201,7 @@ def losses(table: pd.DataFrame) -> str:
     Args:
         table: of `cells`.
     """
-    lost = table[_lost(table)]
+    lost = inert.frame(table[_lost(table)], inert.markdown, inert.LONG)
     told = lost.assign(**{REASON: lost[REASON].fillna("no reason was found yet")})
     sentences = []
     by = ["kernel", "fast_accum", "model", "tp", REASON]
@@ -292,6 +294,7 @@ def conclusion(rows: pd.DataFrame, table: pd.DataFrame) -> str:
     """
     if table.empty:
         return "- Ours were timed beside a peer in no cell."
+    rows, table = (inert.frame(of, inert.markdown) for of in (rows, table))
     timed = rows.dropna(subset=["time_us"])
     ratios = table[ALL_INSIDE].dropna()
     alone = table[ALONE].dropna()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from . import problems
+from . import inert, problems
 from .specs import Tile
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def shown(table: pd.DataFrame) -> HTML:
 
     if table.empty:
         return HTML("<p>None.</p>")
+    table = inert.frame(table, most=inert.LONG)
     if "fast_accum" in table:
         words = table["fast_accum"].map(
             {fast: said.removeprefix("sums in ") for fast, said in SUMS.items()}
@@ -254,6 +255,7 @@ def _verdict(status: pd.Series) -> str:
 
 def conclusion(rows: pd.DataFrame) -> str:
     """Sum the sweep up in Markdown sentences, computed from the rows."""
+    rows = inert.frame(rows, inert.markdown)
     sentences = [*_async_copy_cost(rows), *_deepest_fits(rows), *_failures(rows)]
     return "\n".join(f"- {sentence}" for sentence in sentences)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import measurements, problems, records, tables
+from . import inert, measurements, problems, records, tables
 from .parameters import ParameterError, as_list
 
 if TYPE_CHECKING:
@@ -351,6 +351,7 @@ def conclusion(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
     Args:
         compared: of `stages`.
     """
+    rows, compared = (inert.frame(of, inert.markdown) for of in (rows, compared))
     sentences = []
     launched = rows.dropna(subset=["loaded_lds_bytes"])
     equal = (launched["loaded_lds_bytes"] == launched["lds_bytes"]).sum()

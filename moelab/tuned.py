@@ -252,7 +252,7 @@ def read(path: Path | str) -> dict[str, Any]:
             if missing:
                 raise KeyError(*sorted(missing))
             found["made_by"][row["by"]]["source"]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a file of tuned configurations ({type(error).__name__}: {error}); "
             "`moelab tune --out` writes them"

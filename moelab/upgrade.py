@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import records, tables
+from . import inert, records, tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,6 +157,7 @@ def _moved(before: pd.Series, after: pd.Series) -> list[str]:
 
 def conclusion(paired: pd.DataFrame) -> str:
     """Sum the upgrade up in Markdown sentences, computed from the pairs."""
+    paired = inert.frame(paired, inert.markdown)
     by = ["kernel", "target", *_VERSIONS]
     return "\n".join(
         f"- **{kernel} on {target}**, Triton {before} to {after}, {_sentences(of_kernel)}"

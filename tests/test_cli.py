@@ -493,7 +493,7 @@ def test_measurements_without_their_columns_are_an_error_before_anything_is_comp
     path = tmp_path / "times.csv"
     path.write_text("kernel,time_us\na,1\n")
     result = run(*SEED, "--measured", path, "--store", tmp_path / "store")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     assert f"{path}: measurements have no column target, num_warps" in result.stderr
     assert not (tmp_path / "store").exists()
 

@@ -13,7 +13,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from moelab import compiler, kernels, plan, problems, sweep, targets
-from moelab.compiler import pipeline
+from moelab.compiler import binding, pipeline
 from moelab.kernels import mxfp4_hopper, routing
 from moelab.kernels.epilogue import SwiGLU
 from moelab.specs import CapturedLaunch, Configuration, TensorSpec, Tile

@@ -6,8 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from .. import cliffs, published
-from ..baselines import inert
-from .style import GREY, KIB, PALETTE, RED, empty, stage_colour, subplots
+from .style import GREY, KIB, PALETTE, RED, empty, picture, stage_colour, subplots
 from .throughput import panels_of
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 _MARKERS = "osD^vP"
 
 
+@picture
 def published_lds(rows: pd.DataFrame, deeper: pd.DataFrame) -> Figure:
     """Draw the published throughput of each cell against the LDS that its launches take.
 
@@ -90,6 +90,7 @@ def _draw_deeper(axis: Axes, more: pd.DataFrame, marker: str) -> None:
         )
 
 
+@picture
 def cliffs_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
     """Draw throughput along M beside what the model makes of the cell before.
 
@@ -170,6 +171,7 @@ def _draw_cliffs(axis: Axes, line: pd.DataFrame) -> None:
     axis.set_xticks([0, 5000, 10000, 15000], ["0", "5k", "10k", "15k"])
 
 
+@picture
 def left_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
     """Draw what the model leaves of each change along M, a panel per model, all curves in one.
 
@@ -201,7 +203,7 @@ def left_along_m(steps: pd.DataFrame, curve: list[str]) -> Figure:
             look = line[cliffs.LOOK].to_numpy(bool)
             axis.plot(m[look], left[look], "o", ms=9, mfc="none", mec=RED, mew=1.8)
         axis.set_ylim(low, high)
-        axis.set_title(f"{inert(kernel, 60)}\n{inert(model, 60)}", fontsize=9, parse_math=False)
+        axis.set_title(f"{kernel}\n{model}", fontsize=9)
         axis.set_ylabel("left (%)")
     figure.supxlabel("tokens before top-k", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper left")

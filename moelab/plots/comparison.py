@@ -8,11 +8,10 @@ import statistics
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from .. import cliffs, published, regression_report, trade
-from ..baselines import inert
+from .. import cliffs, inert, published, regression_report, trade
 from ..regress import ADVISORY, PAIRED, Comparison
 from .cells import left_along_m
-from .style import BLUE, GREY, ORANGE, RED, empty, subplots
+from .style import BLUE, GREY, ORANGE, RED, empty, picture, subplots
 from .throughput import panels_of
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ _SAID = {
 }
 
 
+@picture
 def moves_over_m_and_tp(compared: Comparison) -> Figure:
     """Draw what became of each cell over M and TP, a panel per kernel, model and target.
 
@@ -188,7 +188,7 @@ def _panels(squares: pd.DataFrame) -> tuple[Figure, list[Axes], list[pd.DataFram
     for axis, panel, (names, _) in zip(axes[:, 0], panels, groups, strict=True):
         *kind, target = names
         title = f"{trade.named(*kind)}, {target}"
-        axis.set_title(inert(title, 120), fontsize=9, parse_math=False)
+        axis.set_title(inert.line(title, 120), fontsize=9)
         axis.set_xlim(-0.5, widest - 0.5)
         axis.set_ylim(len(panel.attrs["lines"]) - 0.5, -0.5)
         axis.set_xticks(range(len(panel.attrs["m"])), map(str, panel.attrs["m"]), fontsize=7)
@@ -231,6 +231,7 @@ def _draw_squares(axis: Axes, panel: pd.DataFrame, colours: Colormap, span: floa
         axis.text(square.x, square.y, word, fontweight=weight, **looks)
 
 
+@picture
 def worst_samples(chosen: pd.DataFrame) -> Figure:
     """Draw both sides' samples round by round, a panel per cell.
 
@@ -253,7 +254,7 @@ def worst_samples(chosen: pd.DataFrame) -> Figure:
                 ends = [number + beside - 0.13, number + beside + 0.13]
                 axis.plot(ends, [middle] * 2, color=colour, lw=2)
             axis.plot([], [], "o", color=colour, label=name)
-        axis.set_title(_of_cell(cell), fontsize=8, parse_math=False)
+        axis.set_title(_of_cell(cell), fontsize=8)
         axis.set_ylabel("time (\N{MICRO SIGN}s)", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(visible=False, axis="x")
@@ -272,6 +273,7 @@ def _of_cell(cell: dict[str, Any]) -> str:
     return "\n".join([*named, times])
 
 
+@picture
 def published_over_m_and_tp(compared: Comparison) -> Figure | None:
     """Draw the TFLOP/s that were published for the candidate's launches, of both layers.
 
@@ -316,6 +318,7 @@ def published_over_m_and_tp(compared: Comparison) -> Figure | None:
     return figure
 
 
+@picture
 def comparison_cliffs(steps: pd.DataFrame, source: str) -> Figure | None:
     """Draw what the model leaves of each of the candidate's changes along M.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Buffer
-from .style import BLUE, GREEN, GREY, KIB, ORANGE, PURPLE, RED, SKY, empty, subplots
+from .style import BLUE, GREEN, GREY, KIB, ORANGE, PURPLE, RED, SKY, empty, picture, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,7 @@ def _kind(buffer: Buffer) -> str:
     return "tile, a band for each copy" if buffer.copies > 1 else "tile, one copy"
 
 
+@picture
 def lds_map(told: Told) -> Figure:
     """Draw where each buffer lies and when it lives: offset against program order."""
     buffers, lds_bytes, lds_limit = told.map.buffers, told.lds_bytes, told.lds_limit

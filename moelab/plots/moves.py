@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import tables
-from .style import BLUE, GREY, KIB, ORANGE, RED, ROW_INCHES, empty, subplots
+from .style import BLUE, GREY, KIB, ORANGE, RED, ROW_INCHES, empty, picture, subplots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _MOST = 24
 
 
+@picture
 def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
     """Draw from LDS with async copy off to LDS with it on, at one stage count."""
     difference = tables.async_copy_difference(rows)
@@ -29,6 +30,7 @@ def async_copy_difference(rows: pd.DataFrame, num_stages: int = 2) -> Figure:
     )
 
 
+@picture
 def upgrade(paired: pd.DataFrame) -> Figure:
     """Draw from LDS under one Triton to LDS under the last other, where it changed.
 
@@ -51,6 +53,7 @@ def upgrade(paired: pd.DataFrame) -> Figure:
     )
 
 
+@picture
 def fits(table: pd.DataFrame) -> Figure | None:
     """Draw from the baseline's LDS to the candidate's, where the fit changed or there is none.
 

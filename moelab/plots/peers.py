@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import standings, tables
-from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, empty
+from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, empty, picture
 from .throughput import panels_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _COLOURS = {
 }
 
 
+@picture
 def ours_and_peers(rows: pd.DataFrame) -> Figure:
     """Draw TFLOP/s over tokens, a panel per kernel, way to sum, model and layer.
 

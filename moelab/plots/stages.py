@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from .. import tables
-from .style import BLUE, KIB, ORANGE, RED, ROW_INCHES, empty, subplots
+from .style import BLUE, KIB, ORANGE, RED, ROW_INCHES, empty, picture, subplots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _SWITCH = {"off": BLUE, "on": ORANGE, "no switch": BLUE}
 
 
+@picture
 def lds_against_limit(rows: pd.DataFrame) -> Figure:
     """Draw each tile's LDS per stage count, async copy off and on, against the limit.
 

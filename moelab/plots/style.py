@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from .. import inert
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+F = TypeVar("F")
 
 KIB = 1024
 
@@ -38,6 +45,33 @@ def use_style() -> None:
         "font.size": 10,
         "legend.frameon": False,
     }
+
+
+def picture(draw: Callable[P, F]) -> Callable[P, F]:
+    """Let a function draw the names in its frames as they are: short, on a line, no formulas.
+
+    A name that is no formula (``$``) would end the drawing, a long one take all of it.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*given: P.args, **named: P.kwargs) -> F:
+        import matplotlib as mpl
+
+        with mpl.rc_context({"text.parse_math": False}):
+            short = {name: _short(value) for name, value in named.items()}
+            return draw(*map(_short, given), **short)
+
+    return drawn
+
+
+def _short(given: Any) -> Any:
+    import pandas as pd
+
+    if not isinstance(given, pd.DataFrame):
+        return given
+    short = inert.frame(given, most=inert.SHORT)
+    # Samples are JSON, which is read and not drawn.
+    return short.assign(**{name: given[name] for name in given if name[:7] == "samples"})
 
 
 def subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:

@@ -7,7 +7,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from .. import measurements, trade
-from .style import KIB, PALETTE, RED, empty, mosaic, stage_colour, subplots
+from .style import KIB, PALETTE, RED, empty, mosaic, picture, stage_colour, subplots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,7 @@ _LINE = {"tp": "TP {}", "tile": "{}", "num_warps": "{} warps"}
 _LINES = 4
 
 
+@picture
 def lds_against_throughput(rows: pd.DataFrame) -> Figure:
     """Draw LDS against useful TFLOP/s, a panel per kernel, model and layer.
 
@@ -179,6 +180,7 @@ def _plain_ticks(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
+@picture
 def further_stages(steps: pd.DataFrame) -> Figure:
     """Draw what each further stage brings, a point per problem and a bar at the median.
 
@@ -212,6 +214,7 @@ def further_stages(steps: pd.DataFrame) -> Figure:
     return figure
 
 
+@picture
 def one_stage_loss(compared: pd.DataFrame) -> Figure:
     """Draw what one stage loses against the best stage count, over tokens.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import estimates
-from .style import BLUE, GREEN, GREY, KIB, ORANGE, RED, ROW_INCHES, SKY, empty, subplots
+from .style import BLUE, GREEN, GREY, KIB, ORANGE, RED, ROW_INCHES, SKY, empty, picture, subplots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,7 @@ _VERDICT_LOOKS = {
 }
 
 
+@picture
 def estimates_on_trial(judged: pd.DataFrame) -> Figure:
     """Draw estimated against compiled bytes, a row per estimate and a column per target.
 
@@ -110,6 +111,7 @@ def _draw_trial(axis: Axes, panel: pd.DataFrame, ends: tuple[float, float]) -> N
         along.set_minor_locator(NullLocator())
 
 
+@picture
 def verdicts(judged: pd.DataFrame) -> Figure:
     """Draw how many configurations each estimate gets right, rejects and admits wrongly.
 
