@@ -267,7 +267,7 @@ def _answered(
                 disk.room_at(store),
                 progress_bar(len(asked), left, progress) as bar,
             ):
-                # Those that there are are written together: each `append` waits for the disk.
+                # What came together is written together: each `append` waits for the disk.
                 for found in answers:
                     new = {asked[i]: answer for key, answer in found.items() for i in missing[key]}
                     journal.append(*(records.row(key + answer) for key, answer in new.items()))
