@@ -118,8 +118,8 @@ class Compilers(Protocol):
 
 def spread(
     questions: Mapping[str, Any], compilers: Compilers
-) -> Generator[tuple[str, Any], None, None]:
-    """Yield each key's answer as it comes, asking only so many ahead."""
+) -> Generator[dict[str, Any], None, None]:
+    """Yield answers by key as they come, what is finished together; ask only so many ahead."""
     left = iter(questions.items())
     asked: dict[Future[Any], tuple[str, Any]] = {}
     finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
@@ -130,9 +130,16 @@ def spread(
             future.add_done_callback(finished.put)
         if not asked:
             return
-        done = finished.get()
-        key, question = asked.pop(done)
-        yield key, compilers.answer(done, question)
+        found = {}
+        try:
+            for _ in range(max(finished.qsize(), 1)):
+                done = finished.get()
+                key, question = asked.pop(done)
+                found[key] = compilers.answer(done, question)
+        finally:
+            # What was answered comes before the error of one that can't be.
+            if found:
+                yield found
 
 
 def compile_all(
@@ -142,8 +149,8 @@ def compile_all(
     timeout_s: float,
     cache: Path | None = None,
     memory: int | None = None,
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """Yield each key's answer as it comes; a failure is an answer too.
+) -> Generator[dict[str, dict[str, Any]], None, None]:
+    """Yield answers by key as they come; a failure is an answer too.
 
     Args:
         mode: one of `records.MODES`.

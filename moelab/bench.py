@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import secrets
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cluster, kernels, launcher, records, sweep, targets, workloads
+from . import cluster, disk, kernels, launcher, records, scratch, sweep, targets, workloads
 from . import peers as others
 from .answers import cores, spread, stamped
 from .launcher import Gpu, How, Roofs, gpu
@@ -99,15 +98,15 @@ def measure(
         try:
             with (
                 records.Journal(store) as journal,
-                records.room_at(store),
+                disk.room_at(store),
                 sweep.progress_bar(len(run.rows), left, progress, "measure") as bar,
                 contextlib.closing(device.measured(run, how)) as done,
             ):
                 for unit, rows in done:
                     journal.append(*rows)
                     bar.update(len(unit))
-        except records.DiskFullError as error:
-            raise records.DiskFullError(f"{error}, with --resume {said['run']}") from None
+        except disk.DiskFullError as error:
+            raise disk.DiskFullError(f"{error}, with --resume {said['run']}") from None
         except (MeasureError, cluster.ClusterError, KeyboardInterrupt) as error:
             rest = f"the rows that were finished are in {store}; --resume {said['run']} goes on"
             if isinstance(error, MeasureError):
@@ -207,9 +206,9 @@ class Device:
     def __init__(self, timeout_s: float = TIMEOUT_S):
         self._timeout_s = timeout_s
         self.abandoned: Callable[[], bool] = lambda: False
-        self._folder = tempfile.TemporaryDirectory(prefix="moelab-")
+        self._open = contextlib.ExitStack()
         # Of the compiler, to launch from.
-        self.cache = Path(self._folder.name)
+        self.cache = self._open.enter_context(scratch.folder())
         self._worker: Worker | None = None
         self._roofs: dict[int, Roofs] = {}
 
@@ -337,7 +336,7 @@ class Device:
     def close(self) -> None:
         """End its process, and forget what was compiled."""
         self._end()
-        self._folder.cleanup()
+        self._open.close()
 
     def _end(self) -> None:
         if self._worker is not None:
@@ -381,8 +380,9 @@ class Devices:
         units = {str(at): unit for at, unit in enumerate(run.left)}
         job = _Measure(run.said, how, cluster.here())
         with contextlib.closing(cluster.Tasks(self._client, job)) as tasks:
-            for key, found in spread(units, tasks):
-                yield units[key], run.gain(units[key], found["ours"], found["peers"])
+            for answers in spread(units, tasks):
+                for key, found in answers.items():
+                    yield units[key], run.gain(units[key], found["ours"], found["peers"])
 
 
 @contextlib.contextmanager
@@ -427,8 +427,8 @@ class _Measure:
             launcher.check(unit, device.gpu)
             if device.gpu.name != self.said["gpu"]:
                 raise OSError(f"its GPU is {device.gpu.name}, not {self.said['gpu']}")
-            with tempfile.TemporaryDirectory(prefix="moelab-") as store:
-                device.prepare(run, Path(store), threads, progress=False)
+            with scratch.folder() as store:
+                device.prepare(run, store, threads, progress=False)
             for _ in device.measured(run, self.how):
                 pass
         except MeasureError as error:

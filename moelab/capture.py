@@ -214,8 +214,9 @@ def _run(command: Sequence[str], target: str, folder: Path) -> int:
         # Eager: what Inductor would generate is not asked about.
         "TORCHDYNAMO_DISABLE": "1",
     }
-    # Triton's interpreter launches nothing; the test is that of whoever asks.
-    for name in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST"):
+    # Triton's interpreter launches nothing, the target is the one that is asked about, and the
+    # test is that of whoever asks.
+    for name in ("TRITON_INTERPRET", "TRITON_OVERRIDE_ARCH", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
     try:
         process = subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno())
@@ -281,10 +282,11 @@ def _answers(
         questions[same] = question
         asked[same].append(key)
     with sweep.progress_bar(len(questions), len(questions), progress) as bar:
-        for same, answer in compile_all(questions, "lds", jobs or cores(), timeout_s):
-            for key in asked[same]:
-                answers[key] = answer | {"async_copy": questions[same].async_copy}
-            bar.update(1)
+        for found in compile_all(questions, "lds", jobs or cores(), timeout_s):
+            for same, answer in found.items():
+                for key in asked[same]:
+                    answers[key] = answer | {"async_copy": questions[same].async_copy}
+            bar.update(len(found))
     return answers
 
 

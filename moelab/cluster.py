@@ -23,7 +23,6 @@ import queue
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from . import __version__, answers, records, targets, toolchain
+from . import __version__, answers, records, scratch, targets, toolchain
 from .specs import CapturedLaunch, KernelLaunch, Question
 
 if TYPE_CHECKING:
@@ -520,8 +519,8 @@ def compile_all(
     jobs: int,
     timeout_s: float,
     memory: int | None = None,
-) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """Yield each key's answer as it comes, as `answers.compile_all` does.
+) -> Generator[dict[str, dict[str, Any]], None, None]:
+    """Yield answers by key as they come, as `answers.compile_all` does.
 
     Args:
         address: as `connected` takes it.
@@ -586,9 +585,9 @@ def _local(workers: Sequence[LocalWorker]) -> Iterator[str]:
     # Without a dashboard both still listen for requests of their state, on every interface if
     # they are not told where.
     common = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
-    with tempfile.TemporaryDirectory(prefix="moelab-") as folder, contextlib.ExitStack() as stack:
-        file = Path(folder) / "scheduler.json"
-        log = stack.enter_context((Path(folder) / "log").open("w+"))
+    with scratch.folder() as folder, contextlib.ExitStack() as stack:
+        file = folder / "scheduler.json"
+        log = stack.enter_context((folder / "log").open("w+"))
         scheduler = _started(
             ["scheduler", *common, "--port", "0", "--scheduler-file", str(file)], log, stack
         )
@@ -602,7 +601,7 @@ def _local(workers: Sequence[LocalWorker]) -> Iterator[str]:
             command = ["worker", *common, "--nthreads", str(worker.threads), "--no-nanny"]
             for name, of in worker.resources.items():
                 command += ["--resources", f"{name}={of}"]
-            command += ["--local-directory", folder, address]
+            command += ["--local-directory", str(folder), address]
             _started(command, log, stack, worker.environment)
         yield address
 

@@ -17,6 +17,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -96,8 +97,8 @@ def run(
     if dask is not None:
         _check_cluster(dask, jobs, chosen)
     if chosen.is_here:
-        return records.frame(_answered(questions, store, **options))
-    return records.frame(_answered_by(chosen, questions, store, options))
+        return records.of_values(_answered(questions, store, **options))
+    return records.of_values(_answered_by(chosen, questions, store, options))
 
 
 def _check_cluster(dask: str, jobs: int | None, chosen: toolchain.Toolchain) -> None:
@@ -143,7 +144,7 @@ def _answered_by(
     questions: Sequence[Question],
     store: Path,
     options: dict[str, Any],
-) -> list[dict[str, Any]]:
+) -> list[list[Any]]:
     """Let a process of another Triton answer, which writes to the same store."""
     request = pickle.dumps((questions, store.absolute(), options))
     with chosen.environment() as environment:
@@ -210,7 +211,7 @@ def serve(parent: int) -> None:
     questions, store, options = pickle.load(sys.stdin.buffer)
     try:
         with interrupts.terminable():
-            reply: dict[str, Any] = {"rows": _answered(questions, store, **options)}
+            reply: dict[str, Any] = {"rows": list(_answered(questions, store, **options))}
     except tuple(_RAISED.values()) as error:
         kind = next(name for name, kind in _RAISED.items() if isinstance(error, kind))
         reply = {"error": str(error), "kind": kind}
@@ -229,37 +230,35 @@ def _answered(
     timeout_s: float,
     memory: int | None,
     dask: str | None,
-) -> list[dict[str, Any]]:
-    """Answer with this process's Triton, or with that of a cluster's workers."""
-    questions = [settled(question) for question in questions]
-    known = {
-        records.key(row): row
-        for row in records.journalled(store, aside=True)
-        if row["status"] not in records.UNANSWERED
-    }
-    asked = [asked_row(question, mode) for question in questions]
+) -> Iterator[tuple[Any, ...]]:
+    """Answer with this process's Triton, or with that of a cluster's workers.
+
+    Returns:
+        each question's row, as its values in the order of `records.COLUMNS`: of a million
+        questions a dict for each would take gigabytes.
+    """
+    keys: dict[tuple[Any, ...], str] = {}
+    asked = [records.key(asked_row(settled(question), mode, keys)) for question in questions]
+    known, stored = _known(asked, store, mode)
     missing: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(asked):
-        if records.key(row) not in known:
-            missing[row["compile_key"]].append(index)
+    for index, key in enumerate(asked):
+        if known[key] is None:
+            missing[key[_COMPILE_KEY]].append(index)
     if missing:
-        # Another question's row may answer what compiles to the same code.
-        stored = {
-            row.get("compile_key"): answer_of(row)
-            for row in known.values()
-            if row.get("mode") == mode
-        }
         to_compile = {
-            key: questions[indices[0]] for key, indices in missing.items() if key not in stored
+            key: settled(questions[indices[0]])
+            for key, indices in missing.items()
+            if key not in stored
         }
         jobs = jobs or cores()
         if dask is None:
             compiled = compile_all(to_compile, mode, jobs, timeout_s, memory=memory)
         else:
             compiled = cluster.compile_all(to_compile, mode, dask, jobs, timeout_s, memory)
-        # What is known at once is written at once: each `append` waits for the disk.
-        at_once = {key: stored[key] for key in missing if key in stored}
-        answers = itertools.chain([at_once], ({key: answer} for key, answer in compiled))
+        answers = itertools.chain(
+            _in_parts({key: stored[key] for key in missing if key in stored}),
+            ({key: records.key(found[key], records.ANSWER) for key in found} for found in compiled),
+        )
         left = sum(map(len, missing.values()))
         try:
             with (
@@ -268,12 +267,14 @@ def _answered(
                 disk.room_at(store),
                 progress_bar(len(asked), left, progress) as bar,
             ):
+                # Those that there are are written together: each `append` waits for the disk.
                 for found in answers:
-                    rows = [asked[i] | found[key] for key in found for i in missing[key]]
-                    journal.append(*rows)
-                    known |= {records.key(row): row for row in rows}
-                    left -= len(rows)
-                    bar.update(len(rows))
+                    new = {asked[i]: answer for key, answer in found.items() for i in missing[key]}
+                    journal.append(*(records.row(key + answer) for key, answer in new.items()))
+                    known |= new
+                    done = sum(len(missing[key]) for key in found)
+                    left -= done
+                    bar.update(done)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted; {len(asked) - left} of {len(asked)} rows are in {store}, and the "
@@ -284,7 +285,45 @@ def _answered(
                 f"{error}\n{len(asked) - left} of {len(asked)} rows are in {store}; with a "
                 f"cluster that works the same command asks only for the other {left}"
             ) from None
-    return [known[records.key(row)] for row in asked]
+    return (key + known[key] for key in asked)
+
+
+def _in_parts(answers: dict[str, Any], size: int = 100) -> Iterator[dict[str, Any]]:
+    """Give some answers at a time: each may have hundreds of rows."""
+    left = iter(answers.items())
+    while part := dict(itertools.islice(left, size)):
+        yield part
+
+
+_COMPILE_KEY = records.KEY.index("compile_key")
+
+
+def _known(
+    asked: Sequence[tuple[Any, ...]], store: Path, mode: str
+) -> tuple[dict[tuple[Any, ...], Any], dict[Any, tuple[Any, ...]]]:
+    """Look up what is asked in the store.
+
+    Returns:
+        answers by key, None where there is none; and by compile key, for another question's
+        row may answer what compiles to the same code.
+    """
+    known = dict.fromkeys(asked)
+    stored: dict[Any, tuple[Any, ...]] = {}
+    compile_keys = {key[_COMPILE_KEY] for key in known}
+    # Most answers are like others: each is kept once.
+    once: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for row in records.journalled(store, aside=True):
+        compile_key = row.get("compile_key")
+        if compile_key not in compile_keys or row.get("mode") != mode:
+            continue
+        if row["status"] in records.UNANSWERED:
+            continue
+        answer = records.key(row, records.ANSWER)
+        answer = stored[compile_key] = once.setdefault(answer, answer)
+        key = records.key(row)
+        if key in known:
+            known[key] = answer
+    return known, stored
 
 
 def compiled(
@@ -311,10 +350,11 @@ def compiled(
         if answers[row["compile_key"]]["status"] == "ok"
     }
     with progress_bar(len(fitting), len(fitting), progress) as bar:
-        for key, found in compile_all(fitting, "full", jobs or cores(), TIMEOUT_S, cache):
-            # A compiler that dies later leaves what was told of the LDS.
-            answers[key] |= found
-            bar.update()
+        for found in compile_all(fitting, "full", jobs or cores(), TIMEOUT_S, cache):
+            for key, answer in found.items():
+                # A compiler that dies later leaves what was told of the LDS.
+                answers[key] |= answer
+            bar.update(len(found))
     return answers
 
 
@@ -327,7 +367,7 @@ def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -
         stream = sys.stderr
         with contextlib.suppress(KeyError, OSError):
             stream = stack.enter_context(open(os.environ["MOELAB_PROGRESS"], "w"))
-        yield stack.enter_context(
+        bar = stack.enter_context(
             tqdm(
                 total=total,
                 initial=total - left,
@@ -338,6 +378,10 @@ def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -
                 file=stream,
             )
         )
+        # By the wall clock it would stand still for the hour that the clock is set back.
+        began = time.monotonic()
+        vars(bar).update(_time=time.monotonic, start_t=began, last_print_t=began)
+        yield bar
 
 
 def settled(question: Q) -> Q:
@@ -348,19 +392,25 @@ def settled(question: Q) -> Q:
     return replace(question, async_copy=decided)
 
 
-def asked_row(question: Question, mode: str) -> dict[str, Any]:
-    """Start a question's row: everything that is asked."""
+def asked_row(
+    question: Question, mode: str, keys: dict[tuple[Any, ...], str] | None = None
+) -> dict[str, Any]:
+    """Start a question's row: everything that is asked.
+
+    Args:
+        keys: of many questions, what `compiler.compile_key` keeps from one to the next.
+    """
     return question.asked() | {
         "triton": compiler.triton_version(),
         "mode": mode,
-        "compile_key": _compile_key(question),
+        "compile_key": _compile_key(question, {} if keys is None else keys),
     }
 
 
-def _compile_key(question: Question) -> str:
+def _compile_key(question: Question, keys: dict[tuple[Any, ...], str]) -> str:
     """Give what launches share that compile to the same code; what is refused has its own."""
     try:
-        return compiler.specialize(question).key
+        return compiler.compile_key(question, keys)
     except compiler.CompileError:
         return hashlib.sha256(repr(question).encode()).hexdigest()[:16]
 

@@ -105,10 +105,19 @@ def _package(name: str) -> Path:
 
 
 def home() -> Path:
-    """Where Tritons are kept: ``$MOELAB_TOOLCHAINS``, or the user's data folder."""
+    """Where Tritons are kept: ``$MOELAB_TOOLCHAINS``, or the user's data folder.
+
+    Raises:
+        ToolchainError: the user has none.
+    """
     if chosen := os.environ.get("MOELAB_TOOLCHAINS"):
         return Path(chosen)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    try:
+        data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    except RuntimeError:
+        raise ToolchainError(
+            "this user has no home folder; set MOELAB_TOOLCHAINS to where Tritons are to be kept"
+        ) from None
     return Path(data) / "moelab" / "toolchains"
 
 

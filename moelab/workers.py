@@ -19,14 +19,13 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import compiler, isolation, launcher, sensors, sweep, timing, toolchain
+from . import compiler, isolation, launcher, scratch, sensors, sweep, timing, toolchain
 from . import peers as others
 from .specs import Configuration, Problem, Tile
 from .timing import ContextLost, LaunchFailed, MeasureError
@@ -108,9 +107,9 @@ class Worker:
             chosen = toolchain.find(build.triton)
             environment = dict(self._open.enter_context(chosen.environment()))
             if build.source is not None:
-                mixed = self._open.enter_context(tempfile.TemporaryDirectory(prefix="moelab-"))
-                _mix(Path(mixed) / "moelab", build.source / "moelab" / "kernels")
-                environment["PYTHONPATH"] = os.pathsep.join([mixed, environment["PYTHONPATH"]])
+                mixed = self._open.enter_context(scratch.folder())
+                _mix(mixed / "moelab", build.source / "moelab" / "kernels")
+                environment["PYTHONPATH"] = os.pathsep.join([str(mixed), environment["PYTHONPATH"]])
             # The folder that the command runs in must not come before that path.
             environment["PYTHONSAFEPATH"] = "1"
             self._process = subprocess.Popen(

@@ -60,7 +60,7 @@ def answer(question, mode, log, cache=None):
     return answers.stamped("ok", None, targets.get(question.target)) | {"lds_bytes": wrong}
 
 
-def asked_row(question, mode):
+def asked_row(question, mode, keys=None):
     """Ask without Triton, whose import takes seconds."""
     return question.asked() | {
         "triton": "3.9.0",

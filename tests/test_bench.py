@@ -20,6 +20,7 @@ from moelab import (
     bench,
     cluster,
     compiler,
+    disk,
     launcher,
     measurements,
     plan,
@@ -451,7 +452,7 @@ def test_a_full_disk_says_how_the_run_goes_on(tmp_path, device, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "rows.jsonl")
 
     monkeypatch.setattr(records.Journal, "append", full)
-    with pytest.raises(records.DiskFullError, match=r"make room .* --resume [0-9T]+-[0-9a-f]{6}$"):
+    with pytest.raises(disk.DiskFullError, match=r"make room .* --resume [0-9T]+-[0-9a-f]{6}$"):
         measured_by_workers(tmp_path)
 
 
@@ -655,8 +656,11 @@ def test_other_lds_than_was_told_is_a_row_that_says_both(tmp_path, monkeypatch):
     compiled = sweep.compile_all
 
     def off_by_one(*args, **limits):
-        for key, answer in compiled(*args, **limits):
-            yield key, answer | {"lds_bytes": answer["lds_bytes"] + 1}
+        for found in compiled(*args, **limits):
+            yield {
+                key: answer | {"lds_bytes": answer["lds_bytes"] + 1}
+                for key, answer in found.items()
+            }
 
     monkeypatch.setattr(sweep, "compile_all", off_by_one)
     rows = bench.measure(

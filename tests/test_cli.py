@@ -129,7 +129,7 @@ def answer_all(monkeypatch, status, reason=None):
 
     def answer(configurations, full, jobs, timeout_s, memory):
         for key, configuration in configurations.items():
-            yield key, answers.stamped(status, reason, TARGETS[configuration.target])
+            yield {key: answers.stamped(status, reason, TARGETS[configuration.target])}
 
     monkeypatch.setattr(sweep, "compile_all", answer)
 
@@ -509,7 +509,7 @@ def test_without_a_tile_every_published_one_is_answered(tmp_path, monkeypatch):
             stamp = answers.stamped("ok" if fits else "out_of_lds", None, TARGETS[c.target])
             found = {"registers": 200, "spilled_registers": 0, "workgroups_per_cu": 1}
             lds = {"lds_bytes": 100_000 if fits else 200_000 - c.problem.layer}
-            yield key, stamp | lds | (found if full else {})
+            yield {key: stamp | lds | (found if full else {})}
 
     monkeypatch.setattr(sweep, "compile_all", answer)
     given = ["advise", "--kernel", "moe_gemm_a8w4", "--target", "gfx950", "--json"]

@@ -12,7 +12,7 @@ import triton
 from triton import knobs
 from triton.runtime.driver import driver
 
-from moelab import compiler, kernels, problems, sweep, targets
+from moelab import compiler, kernels, plan, problems, sweep, targets
 from moelab.compiler import pipeline
 from moelab.kernels import mxfp4_hopper, routing
 from moelab.kernels.epilogue import SwiGLU
@@ -318,6 +318,29 @@ def test_a_specialized_kernel_is_asked_for_four_warps(kernel):
         compiler.lds(compiler.specialize(specialized(kernel, warps=8)))
 
 
+def test_a_key_that_is_told_sooner_is_the_same_key():
+    known = {}
+    told = [
+        (compiler.specialize(of).key, compiler.compile_key(of, known))
+        for kernel, other in (("moe_gemm_a8w8", "+tma"), ("moe_gemm_a8w4", "+group8"))
+        for of in plan.grid(
+            kernels=kernel,
+            targets="gfx950,sm_90",
+            models="all",
+            layers="all",
+            m="1,512,1536",
+            tiles=f"64x128x128,64x128x128{other}",
+            warps=4,
+            stages="1,3",
+            async_copy="both",
+        )
+        if of.target == "sm_90" or not of.tile.tma
+    ]
+    assert all(key == sooner for key, sooner in told)
+    # Many models and numbers of tokens are the same to the compiler.
+    assert len(known) == len({key for key, _ in told}) < len(told) / 2
+
+
 def test_ttir_that_was_read_back_gives_the_same_lds(monkeypatch):
     launches = [
         compiler.specialize(configuration("moe_gemm_a8w4", stages=stages, async_copy=switch))
@@ -605,3 +628,30 @@ def test_the_environment_of_a_captured_launch_holds_while_it_compiles(monkeypatc
         assert {name: os.environ[name] for name in variables} == variables
     assert os.environ["MOELAB_SET"] == "outside"
     assert "MOELAB_UNSET" not in os.environ
+
+
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_a_variable_that_names_another_chip_changes_no_byte(target, monkeypatch):
+    (question,) = plan.grid(
+        kernels="moe_gemm_a8w8", targets=target, tiles="128x128x128", warps=4, m=512, stages=2
+    )
+    binding._default_options.cache_clear()
+    true = compiler.buffers(compiler.specialize(question))[0].lds_bytes
+    # Asked by itself, Triton compiles for this one: 65,536 bytes in the place of 67,520.
+    monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "gfx942")
+    launch = compiler.specialize(question)
+    assert launch.options["arch"] == {"gfx950": "gfx950", "sm_90": "sm90"}[target]
+    assert compiler.lds(launch).lds_bytes == true
+    assert compiler.full(launch)[0].lds_bytes == true
+    binding._default_options.cache_clear()
+    assert compiler.default_options(targets.get(target))["arch"] == launch.options["arch"]
+
+
+def test_machine_code_that_a_user_put_in_its_place_changes_no_register(monkeypatch):
+    (question,) = plan.grid(
+        kernels="moe_gemm_a8w8", targets="gfx950", tiles=SMALL, warps=4, m=512, stages=1
+    )
+    true = compiler.full(compiler.specialize(question))
+    for name in ("TRITON_SWAP_MIR", "TRITON_DUMP_MIR"):
+        monkeypatch.setenv(name, "/proc/nowhere")
+    assert compiler.full(compiler.specialize(question)) == true

@@ -395,6 +395,25 @@ def test_other_files_in_a_store_are_not_read(tmp_path):
     assert len(records.read(tmp_path)) == 1
 
 
+# Frames.
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_a_frame_that_is_made_in_parts_is_the_same(monkeypatch, count):
+    rows = [ROW | {"m": m, "lds_bytes": None if m % 2 else m, "moelab": None} for m in range(count)]
+    whole = records.frame(rows)
+    monkeypatch.setattr(records, "_ROWS_AT_ONCE", 2)
+    assert_frame_equal(records.frame(rows), whole)
+    assert list(whole["m"]) == list(range(count))
+
+
+def test_a_row_and_its_values_are_the_same_but_for_what_is_missing():
+    row = dict.fromkeys(records.COLUMNS) | ROW
+    values = records.key(row) + records.key(row, records.ANSWER)
+    assert list(values) == list(row.values())
+    assert records.row(values) == {name: value for name, value in row.items() if value is not None}
+
+
 # Export.
 
 

@@ -48,7 +48,7 @@ def asked(monkeypatch):
         for key, configuration in configurations.items():
             seen.append(configuration)
             target = targets.get(configuration.target)
-            yield key, answers.stamped("ok", None, target) | {"lds_bytes": len(seen)}
+            yield {key: answers.stamped("ok", None, target) | {"lds_bytes": len(seen)}}
 
     monkeypatch.setattr(sweep, "compile_all", pretend)
     return seen
@@ -310,7 +310,7 @@ def test_a_failure_of_the_machine_answers_no_other_configuration(tmp_path, asked
 
 def test_rows_that_were_compiled_survive_an_interrupt(tmp_path, monkeypatch):
     def interrupted(configurations, full, jobs, timeout_s, memory):
-        yield next(iter(configurations)), answers.stamped("ok", None, targets.get("gfx950"))
+        yield {next(iter(configurations)): answers.stamped("ok", None, targets.get("gfx950"))}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "compile_all", interrupted)
@@ -458,3 +458,14 @@ def test_workers_that_end_before_they_take_a_task_end_the_sweep_and_blame_no_row
     with pytest.raises(OSError, match="ended before it took a configuration"):
         sweep.run(grid(stages="1,2,3"), tmp_path, jobs=2, progress=False)
     assert records.read(tmp_path).empty
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_progress_bar(monkeypatch, capsys):
+    clock = time.time
+    with sweep.progress_bar(100, 100, True) as bar:
+        monkeypatch.setattr("tqdm.std.time", lambda: clock() - 3600)
+        monkeypatch.setattr("time.time", lambda: clock() - 3600)
+        bar.mininterval = 0
+        bar.update(40)
+        assert bar.format_dict["elapsed"] >= 0
+    assert "40/100" in capsys.readouterr().err

@@ -279,3 +279,14 @@ def started_with(variable):
             if variable.encode() in path.read_bytes() and path.parent.name != str(os.getpid()):
                 found.append(path.parent.name)
     return found
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MOELAB_TOOLCHAINS", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(ToolchainError, match="no home folder; set MOELAB_TOOLCHAINS"):
+        toolchain.find("99.1.0")

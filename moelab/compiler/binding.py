@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import kernels, launches, scratch, targets
-from ..specs import AsyncCopy, CapturedLaunch, KernelLaunch, Question, Source, Target
+from ..specs import (
+    AsyncCopy,
+    CapturedLaunch,
+    Configuration,
+    KernelLaunch,
+    Question,
+    Source,
+    Target,
+)
 
 
 class CompileError(Exception):
@@ -107,12 +115,39 @@ def specialize(question: Question | CapturedLaunch) -> Launch:
         fn = launches.load(question.kernel)
         arguments = launches.bind(fn, json.loads(question.args))
         return specialize_types(fn, arguments, own | options, target, question.async_copy)
+    source = _source(question, target)
+    return specialize_source(source, source.options | options, target, question.async_copy)
+
+
+def _source(question: Configuration, target: Target) -> Source:
     kernel = kernels.load(question.kernel)
     try:
-        source = kernel.source(question.problem, question.tile, target)
+        return kernel.source(question.problem, question.tile, target)
     except ValueError as refused:
         raise CompileError(f"{question.kernel}: {refused}") from refused
-    return specialize_source(source, source.options | options, target, question.async_copy)
+
+
+def compile_key(question: Question, known: dict[tuple[Any, ...], str]) -> str:
+    """Give `specialize`'s key, several times sooner where a launch that is bound alike had it.
+
+    What is bound alike is one kernel to Triton's launcher, too: `jit.compute_cache_key`.
+
+    Args:
+        known: what this fills, and reads; of one Triton, whose settings stay as they are.
+    Raises:
+        ValueError, LaunchError, CompileError: as `specialize` does.
+    """
+    if isinstance(question, KernelLaunch):
+        return specialize(question).key
+    target = targets.get(question.target)
+    source = _source(question, target)
+    options = {"num_warps": question.num_warps, "num_stages": question.num_stages}
+    bound = _bound(source, source.options | options, target)
+    alike = hashlib.sha256(repr(bound[2:]).encode()).digest()
+    same = source.fn, target.name, question.async_copy, alike
+    if same not in known:
+        known[same] = _specialized(source, *bound, target, question.async_copy).key
+    return known[same]
 
 
 def specialize_source(
@@ -123,13 +158,34 @@ def specialize_source(
     Triton's own binder decides what is constant, what is divisible by 16 and what
     spans at most 2 GiB.
     """
-    backend, bind = _binder(source.fn, target.name)
+    return _specialized(source, *_bound(source, options, target), target, async_copy)
+
+
+def _bound(
+    source: Source, options: dict[str, Any], target: Target
+) -> tuple[dict[str, Any], dict[str, Any], list[Any], dict[str, Any]]:
+    """Let Triton's binder take the arguments: what `_specialized` makes a launch of."""
+    _, bind = _binder(source.fn, target.name)
     # JITFunction.run adds the debug knob to every launch.
     given = {**source.args, **options, "debug": False}
     if "NUM_STAGES" in source.fn.arg_names:
         given["NUM_STAGES"] = options["num_stages"]
     with _without_announcements():
         bound, specialization, excess = bind(**given)
+    return given, bound, specialization, excess
+
+
+def _specialized(
+    source: Source,
+    given: dict[str, Any],
+    bound: dict[str, Any],
+    specialization: list[Any],
+    excess: dict[str, Any],
+    target: Target,
+    async_copy: AsyncCopy,
+) -> Launch:
+    backend, _ = _binder(source.fn, target.name)
+    with _without_announcements(), _target_as_asked():
         parsed, signature, constants, attributes = source.fn._pack_args(
             backend, given, bound, specialization, excess
         )
@@ -189,7 +245,7 @@ def specialize_types(
 
     types = {p.name: signature((i,), arguments[p.name]) for i, p in enumerate(fn.params)}
     ast = _ast_source(fn)(fn, types, constants, attributes)
-    with compile_errors(), _without_announcements():
+    with compile_errors(), _without_announcements(), _target_as_asked():
         parsed = backend.parse_options(options)
     launch = bound_launch(ast, parsed, backend, target, async_copy)
     texts = [path for path, value in constants.items() if isinstance(value, str)]
@@ -220,7 +276,7 @@ def default_options(target: Target) -> dict[str, Any]:
 @functools.cache
 def _default_options(target: str) -> dict[str, Any]:
     backend = backend_of(target)
-    with _without_announcements():
+    with _without_announcements(), _target_as_asked():
         return dict(backend.parse_options({}).__dict__)
 
 
@@ -237,6 +293,19 @@ def _without_announcements() -> Iterator[None]:
         # 3.9 announces that 3.10 will stop fusing by default; launches hear it, and so
         # need not each sweep.
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        yield
+
+
+@contextlib.contextmanager
+def _target_as_asked() -> Iterator[None]:
+    """Pass over TRITON_OVERRIDE_ARCH, by which Triton compiles for one chip whatever is asked."""
+    from triton import knobs
+
+    if knobs.runtime.override_arch is None:
+        yield
+        return
+    with knobs.runtime.scope():
+        knobs.runtime.override_arch = None
         yield
 
 
@@ -314,7 +383,10 @@ def settings(launch: Launch, cache: Path | None = None) -> Iterator[None]:
         folder = cache or stack.enter_context(scratch.folder())
         stack.enter_context(_environment(launch.environment))
         stack.enter_context(knobs.amd.scope())
+        stack.enter_context(_target_as_asked())
         stack.enter_context(cache_at(folder))
+        # Machine code of the user's takes the place of the compiler's; a dump may find no room.
+        knobs.amd.swap_mir = knobs.amd.dump_mir = None
         if launch.async_copy is not None:
             knobs.amd.use_async_copy = launch.async_copy
         yield
