@@ -38,7 +38,7 @@ SCALARS = (
 )
 _EXAMPLE = '"*bf16:16", "i32:16", "fp32", 128, true, null or {"const": "text"}'
 
-# A launch of a hundred parameters has 5,000.
+# Parameters are short: a file of many launches stays far below.
 MOST_BYTES = 1 << 20
 
 

@@ -17,7 +17,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -367,7 +366,7 @@ def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -
         stream = sys.stderr
         with contextlib.suppress(KeyError, OSError):
             stream = stack.enter_context(open(os.environ["MOELAB_PROGRESS"], "w"))
-        bar = stack.enter_context(
+        yield stack.enter_context(
             tqdm(
                 total=total,
                 initial=total - left,
@@ -378,10 +377,6 @@ def progress_bar(total: int, left: int, progress: bool, what: str = "compile") -
                 file=stream,
             )
         )
-        # By the wall clock it would stand still for the hour that the clock is set back.
-        began = time.monotonic()
-        vars(bar).update(_time=time.monotonic, start_t=began, last_print_t=began)
-        yield bar
 
 
 def settled(question: Q) -> Q:

@@ -295,7 +295,7 @@ _DIED = "its process died: SIGABRT; stderr has its words"
         (False, "fails", "launch_error", "invalid argument"),
         (False, "loses", "launch_error", "RuntimeError: illegal access"),
         (False, "crashes", "launch_error", _DIED),
-        (True, "crashes", "launch_error", _DIED),
+        pytest.param(True, "crashes", "launch_error", _DIED, marks=pytest.mark.slow),
     ],
 )
 def test_a_launch_that_fails_is_a_row_and_the_others_go_on(

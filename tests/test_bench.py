@@ -368,7 +368,7 @@ CULPRIT = {"m": 512, "num_stages": 2}
     [
         ("loses", "RuntimeError: illegal access"),
         ("crashes", "its process died: SIGABRT; stderr has its words"),
-        ("hangs", "no answer after 3 s; its process was ended"),
+        pytest.param("hangs", "no answer after 3 s; its process was ended", marks=pytest.mark.slow),
     ],
 )
 def test_what_a_launch_does_to_its_process_costs_its_own_row(tmp_path, device, how, reason):
@@ -534,6 +534,7 @@ def test_gpus_of_two_kinds_are_refused(tmp_path):
 
 
 @needs_dask
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_scheduler_was_lost(tmp_path):
     with gpus(tmp_path, {}) as of, pytest.MonkeyPatch.context() as patch:
         append = records.Journal.append

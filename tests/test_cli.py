@@ -10,7 +10,19 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from moelab import answers, cli, compiler, launcher, peers, plan, records, report, sweep, toolchain
+from moelab import (
+    answers,
+    cli,
+    compiler,
+    disk,
+    launcher,
+    peers,
+    plan,
+    records,
+    report,
+    sweep,
+    toolchain,
+)
 from moelab.cli import app
 from moelab.kernels import KERNELS
 from moelab.problems import DENSE
@@ -1111,7 +1123,7 @@ def test_a_report_that_can_not_be_made_exits_2_and_overwrites_nothing(sides, tmp
 @pytest.mark.parametrize(
     ("ending", "code", "said"),
     [
-        (records.DiskFullError("rows: No space left on device"), 4, "Error: rows: No space left"),
+        (disk.DiskFullError("rows: No space left on device"), 4, "Error: rows: No space left"),
         (
             sweep.Interrupted("interrupted; 3 of 4 rows are in rows"),
             130,
