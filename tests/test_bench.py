@@ -367,7 +367,9 @@ CULPRIT = {"m": 512, "num_stages": 2}
     ("how", "reason"),
     [
         ("loses", "RuntimeError: illegal access"),
-        ("crashes", "its process died: SIGABRT; stderr has its words"),
+        pytest.param(
+            "crashes", "its process died: SIGABRT; stderr has its words", marks=pytest.mark.slow
+        ),
         pytest.param("hangs", "no answer after 3 s; its process was ended", marks=pytest.mark.slow),
     ],
 )
@@ -524,6 +526,7 @@ def test_a_launch_that_loses_a_gpu_of_a_cluster_costs_its_own_row(tmp_path):
 
 
 @needs_dask
+@pytest.mark.slow
 def test_gpus_of_two_kinds_are_refused(tmp_path):
     with (
         gpus(tmp_path, {}, {"name": "another"}) as of,

@@ -208,6 +208,7 @@ def test_a_cluster_with_certificates_answers_who_has_one_and_nobody_else(tmp_pat
 OTHER = "import faults; faults.pretend(); from moelab import cluster; cluster._moelab = lambda: '0'"
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_moelab_is_left_out_if_it_comes_later_and_refused_if_it_is_there(
     tmp_path, capfd
 ):

@@ -225,7 +225,7 @@ def on_hopper(kernel, tile="64x128x128", warps=4, stages=4, **formats):
         pytest.param("128x128x128+tails2", 4, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("stages", [3, 6])
+@pytest.mark.parametrize("stages", [3, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "formats", [{}, {"layer": 2}, {"y_format": "mxfp8"}, {"fast_accum": True}], ids=str
 )
