@@ -296,6 +296,7 @@ def test_a_killed_capture_leaves_nothing_of_the_command_behind_it(tmp_path, time
             env=os.environ | {faults.MARK: str(tmp_path)},
             cwd=tmp_path,
         )
+        assert process.stderr.readline().startswith(b"moelab runs ")
         for _ in range(2):
             assert process.stderr.readline() == b"started\n"
         process.kill()
