@@ -42,7 +42,7 @@ _NO_MEMORY = re.compile(
 _ROOM = 8 << 20
 
 # A failing ptxas prints thousands of lines.
-_REASON_CHARACTERS = 800
+REASON_CHARACTERS = 800
 
 
 def answer(
@@ -299,7 +299,7 @@ def words_of(message: str, log: Path, died: bool = False) -> str:
         wrong = [line for line in lines[1:-2] if re.search(r"\berror\b", line)]
         point = [lines[0], "...", *wrong[:2], *lines[-2:]]
     text = "\n".join([*point, *dict.fromkeys(errors[:3])])
-    return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 3] + "..."
+    return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 3] + "..."
 
 
 def _compile_one(

@@ -49,8 +49,6 @@ _FETCHED_S = 1.0
 # How soon a worker that came or went is seen.
 _LOOK_S = 1.0
 
-_REASON_CHARACTERS = 800
-
 # How the names of tasks begin.
 _OURS = "moelab-"
 
@@ -481,7 +479,7 @@ class Tasks:
                     self._leave_out(worker, words)
                     return
             reason = f"{type(error).__name__}: {error}"
-        self._done(asked, self._job.crashed(asked.question, reason[:_REASON_CHARACTERS]))
+        self._done(asked, self._job.crashed(asked.question, reason[: answers.REASON_CHARACTERS]))
 
     def _leave_out(self, worker: str, words: str) -> None:
         """Ask a worker no more."""

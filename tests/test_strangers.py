@@ -11,7 +11,6 @@ import json
 import pickle
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from bs4 import BeautifulSoup
 from click.testing import CliRunner
 from nbconvert.filters import markdown2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_report import CHROMIUM
 
 from moelab import (
     cliffs,
@@ -51,9 +51,6 @@ from moelab import (
 from moelab.cli import app
 
 PACKAGE = Path(records.__file__).parent
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 RAN = "document.documentElement.dataset.ran=1"
 
 
